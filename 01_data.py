@@ -1,0 +1,297 @@
+"""Stage 1: read a corpus, turn its texts into token ids, and say what it looks like.
+
+    python 01_data.py                                       the demo: Debian packages, a tokeniser trained on the spot
+    python 01_data.py --run runs/mine --corpus FOLDER --encoder bert-base-uncased
+
+Reads    FOLDER/{train,val,test}.jsonl.gz   one document a line: {"text": "...", "labels": ["name", ...]}
+         FOLDER/labels.jsonl.gz             one label a line:    {"name": "...", "text": "what it stands for"}
+         Without val.jsonl.gz a tenth of the training documents, drawn with --seed, becomes the validation split.
+Writes   RUN/data.npz      token ids and label ids of every split, label names (the README has the table)
+         RUN/tokenizer/    the tokeniser, as transformers saves it
+
+Token ids are kept without the special tokens ([CLS] and its like): those belong to the encoder and are put around a
+document when a batch is made. Left out here: other file formats, cleaning of texts, anything that needs two machines.
+
+Shapes   N documents, L labels, B batch, T tokens, P (document, label) pairs of a batch
+"""
+
+import gzip
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Iterable, Iterator, NamedTuple
+
+import numpy as np
+import torch
+from scipy.sparse import csr_matrix
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tqdm import tqdm
+from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
+
+from artifacts import UserError, flag, load_npz, main, save_npz
+
+CHUNK = 1000  # documents tokenised at a time: what is in memory beside the ids
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = flag("runs/demo", "folder of this run's artifacts")
+    corpus: str = flag("data/debian", "folder with the .jsonl.gz files")
+    encoder: str = flag("tiny", "hub name or local folder of a transformer, or 'tiny': a small one from scratch")
+    limit: int = flag(0, "keep at most this many training documents, drawn with --seed (0: all)")
+    max_tokens: int = flag(512, "keep at most this many tokens of a document")
+    vocab: int = flag(16000, "size of the vocabulary trained for 'tiny'")
+    seed: int = flag(0, "seed of every random choice")
+
+
+class Split(NamedTuple):
+    """Documents as flat arrays: document i has ids[offsets[i]:offsets[i+1]] and labels likewise."""
+
+    ids: np.ndarray  # token ids of all documents, one after the other
+    offsets: np.ndarray  # (N+1,) int64
+    labels: np.ndarray  # label ids of all documents, ascending within a document
+    label_offsets: np.ndarray  # (N+1,) int64
+
+    def __len__(self) -> int:
+        return len(self.offsets) - 1
+
+    def label_matrix(self, n_labels: int) -> csr_matrix:
+        """Y (N, L), 1 where the document has the label."""
+        ones = np.ones(len(self.labels), np.float32)
+        return csr_matrix((ones, self.labels, self.label_offsets), shape=(len(self), n_labels))
+
+
+class Batch(NamedTuple):
+    """What a model reads. Labels are (document of the batch, label id) pairs: no (B, L) matrix anywhere."""
+
+    ids_BT: torch.Tensor  # int64, right-padded
+    mask_BT: torch.Tensor  # int64, 1 at tokens, 0 at padding
+    doc_P: torch.Tensor  # int64
+    label_P: torch.Tensor  # int64
+
+    def to(self, device: torch.device) -> "Batch":
+        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+
+
+class Data(NamedTuple):
+    """data.npz in memory."""
+
+    splits: dict[str, Split]  # "train", "val", "test", and "label": the labels' own texts, without labels
+    names: list[str]  # (L,)
+    meta: dict  # encoder, vocab_size, prefix, suffix, pad and the record of the artifact
+
+    def batch(self, split: str, rows: np.ndarray, max_len: int) -> Batch:
+        """Documents `rows` of a split, cut to max_len tokens with the special ones: one gather, no loop over rows."""
+        part, prefix, suffix = self.splits[split], self.meta["prefix"], self.meta["suffix"]
+        room = max_len - len(prefix) - len(suffix)
+        length_B = np.minimum(part.offsets[rows + 1] - part.offsets[rows], room)
+        column_T = np.arange(length_B.max(initial=0) + len(prefix) + len(suffix))
+        at_BT = column_T - len(prefix)  # position in the document's own tokens
+        source_BT = part.offsets[rows][:, None] + np.clip(at_BT, 0, np.maximum(length_B - 1, 0)[:, None])
+        ids_BT = part.ids[np.minimum(source_BT, len(part.ids) - 1)].astype(np.int64)
+        ids_BT[:, : len(prefix)] = prefix
+        for i, token in enumerate(suffix):
+            ids_BT[np.arange(len(rows)), len(prefix) + length_B + i] = token
+        mask_BT = column_T < (length_B + len(prefix) + len(suffix))[:, None]
+        ids_BT[~mask_BT] = self.meta["pad"]
+
+        count_B = part.label_offsets[rows + 1] - part.label_offsets[rows]
+        doc_P = np.repeat(np.arange(len(rows)), count_B)
+        first_B = np.cumsum(count_B) - count_B
+        label_P = part.labels[np.arange(len(doc_P)) + (part.label_offsets[rows] - first_B)[doc_P]].astype(np.int64)
+        return Batch(*(torch.from_numpy(a) for a in (ids_BT, mask_BT.astype(np.int64), doc_P, label_P)))
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def read_jsonl(path: Path, *keys: str) -> Iterator[tuple]:
+    """Yield (line number, value of each key); UserError with file and line when one is missing or no JSON."""
+    with gzip.open(path, "rt", encoding="utf-8") as file:
+        try:
+            for number, line in enumerate(file, 1):
+                row = json.loads(line)
+                yield (number, *(row[key] for key in keys))
+        except json.JSONDecodeError as error:
+            raise UserError(f"{path} line {number}: no JSON ({error})") from None
+        except (KeyError, TypeError):
+            raise UserError(f"{path} line {number}: expected an object with {', '.join(keys)}: {line[:80]}") from None
+        except (OSError, EOFError, UnicodeDecodeError) as error:
+            raise UserError(f"{path} cannot be read: {error}") from None
+
+
+def read_documents(path: Path, label_id: dict[str, int], drops: dict[str, int]) -> Iterator[tuple[str, list[int]]]:
+    """Yield (text, sorted label ids); counts in `drops` what it leaves out."""
+    for number, text, labels in read_jsonl(path, "text", "labels"):
+        if not isinstance(text, str) or not isinstance(labels, list):
+            raise UserError(f"{path} line {number}: text must be a string and labels a list of names")
+        try:
+            ids = sorted({label_id[name] for name in labels})
+        except (KeyError, TypeError) as error:
+            raise UserError(f"{path} line {number}: label {error} is not a name in labels.jsonl.gz; add it") from None
+        drops["labels named twice in one document"] += len(labels) - len(ids)
+        if path.name.startswith("train") and not (ids and text.strip()):
+            drops["training documents without " + ("text" if ids else "labels")] += 1
+            continue
+        yield text, ids
+
+
+# ---- tokenising ---------------------------------------------------------------------------------------------------
+
+
+def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:
+    """A lower-cased WordPiece tokeniser of at most `vocab` pieces, learnt from the texts; the same for the same texts."""
+    normalizer = normalizers.BertNormalizer(lowercase=True)
+    kept = [normalizer.normalize_str(text) for text in texts]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    # The trainer numbers the pieces "##a", "##b", ... in the order of a hash table and breaks ties by those numbers;
+    # naming them beforehand, as if they were special, makes the vocabulary reproducible.
+    alphabet = ["##" + character for character in sorted(set().union(*kept) - set(" \t\n"))]
+    trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
+    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+    trained.train_from_iterator(
+        kept, trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=special + alphabet, show_progress=False)
+    )
+    tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
+    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
+    )
+
+
+def special_tokens(tokenizer: PreTrainedTokenizerBase, tiny: bool) -> tuple[list[int], list[int], int]:
+    """(ids before a text, ids after it, padding id), found by asking: every family has its own."""
+    if tiny:
+        return [tokenizer.cls_token_id], [tokenizer.sep_token_id], tokenizer.pad_token_id
+    bare = tokenizer("a", add_special_tokens=False)["input_ids"]
+    full = tokenizer("a")["input_ids"]
+    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
+    if tokenizer.pad_token_id is None:
+        raise UserError(f"the tokeniser of {tokenizer.name_or_path} has no padding token; use another --encoder")
+    return full[:start], full[start + len(bare) :], tokenizer.pad_token_id
+
+
+def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: PreTrainedTokenizerBase, max_tokens: int,
+           name: str, drops: dict[str, int]) -> Split:  # fmt: skip
+    """Tokenise a stream of (text, label ids) in chunks."""
+    dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32  # the smallest type that holds the vocabulary
+    ids, labels, lengths, counts = [], [], [], []
+
+    def flush(chunk: list[tuple[str, list[int]]]) -> None:
+        texts = [text for text, _ in chunk]
+        for row in tokenizer(texts, add_special_tokens=False, return_attention_mask=False)["input_ids"]:
+            drops[f"{name} texts cut to {max_tokens} tokens"] += len(row) > max_tokens
+            ids.append(np.array(row[:max_tokens], dtype))
+            lengths.append(len(ids[-1]))
+        for _, row in chunk:
+            labels.append(np.array(row, np.int32))
+            counts.append(len(row))
+
+    chunk = []
+    for document in tqdm(documents, desc=name, unit=" documents", disable=None):
+        chunk.append(document)
+        if len(chunk) == CHUNK:
+            flush(chunk)
+            chunk = []
+    if chunk:
+        flush(chunk)
+    if not lengths:
+        raise UserError(f"no documents are left in the split '{name}'")
+    offsets, label_offsets = (np.concatenate([[0], np.cumsum(sizes)]).astype(np.int64) for sizes in (lengths, counts))
+    return Split(np.concatenate(ids), offsets, np.concatenate(labels), label_offsets)
+
+
+# ---- the stage ----------------------------------------------------------------------------------------------------
+
+
+class Drops(dict):
+    """Counts of what was left out, by reason."""
+
+    def __missing__(self, key: str) -> int:
+        return 0
+
+
+def run(config: Config) -> None:
+    corpus, out = Path(config.corpus), Path(config.run)
+    for name in ("train", "test", "labels"):
+        if not (corpus / f"{name}.jsonl.gz").exists():
+            raise UserError(f"{corpus / name}.jsonl.gz does not exist; --corpus names a folder with train, test and labels")
+    drops = Drops()
+    names, label_texts = [], []
+    for number, name, text in read_jsonl(corpus / "labels.jsonl.gz", "name", "text"):
+        names.append(name)
+        label_texts.append((text, []))
+    label_id = {name: i for i, name in enumerate(names)}
+    if len(label_id) < len(names) or not names:
+        raise UserError(f"{corpus / 'labels.jsonl.gz'}: {len(names)} lines, {len(label_id)} different names; expected "
+                        "at least one, each once")  # fmt: skip
+
+    # Which line goes where is settled before any text is kept, so that memory holds one chunk of texts.
+    rng = np.random.default_rng(config.seed)
+    part = np.array(["train"] * sum(1 for _ in read_documents(corpus / "train.jsonl.gz", label_id, Drops())), object)
+    if not (corpus / "val.jsonl.gz").exists():
+        part[rng.permutation(len(part))[: max(1, len(part) // 10)]] = "val"
+        print(f"no val.jsonl.gz: {(part == 'val').sum()} training documents become the validation split")
+    training = np.flatnonzero(part == "train")
+    if config.limit and config.limit < len(training):
+        cut = rng.permutation(training)[config.limit :]
+        part[cut] = ""
+        drops["training documents beyond --limit"] = len(cut)
+
+    def documents(split: str) -> Iterator[tuple[str, list[int]]]:
+        path, counted = corpus / f"{split}.jsonl.gz", drops
+        if path.exists() and split != "train":
+            yield from read_documents(path, label_id, counted)
+            return
+        rows = read_documents(corpus / "train.jsonl.gz", label_id, drops if split == "train" else Drops())
+        yield from (document for here, document in zip(part, rows, strict=True) if here == split)
+
+    if config.encoder == "tiny":
+        tokenizer = train_tokenizer((text for text, _ in documents("train")), config.vocab)
+        drops.clear()
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(config.encoder)
+    tokenizer.model_max_length = int(1e9)  # no warning: cutting is done, and counted, here
+    tokenizer.save_pretrained(out / "tokenizer")
+    prefix, suffix, pad = special_tokens(tokenizer, config.encoder == "tiny")
+
+    arrays = {}
+    splits = {name: encode(documents(name), tokenizer, config.max_tokens, name, drops) for name in ("train", "val", "test")}
+    splits["label"] = encode(label_texts, tokenizer, config.max_tokens, "label", drops)
+    for name, split in splits.items():
+        arrays |= {f"{name}_{key}": array for key, array in split._asdict().items()}
+    encoded = [name.encode() for name in names]
+    arrays["names"] = np.frombuffer(b"".join(encoded), np.uint8)
+    arrays["names_offsets"] = np.cumsum([0] + [len(name) for name in encoded], dtype=np.int64)
+    save_npz(out / "data.npz", config, arrays, encoder=config.encoder, vocab_size=len(tokenizer), prefix=prefix,
+             suffix=suffix, pad=pad)  # fmt: skip
+    describe(splits, len(names), drops)
+
+
+def describe(splits: dict[str, Split], n_labels: int, drops: dict[str, int]) -> None:
+    """Print the corpus' shape and every drop."""
+    for name in ("train", "val", "test"):
+        split = splits[name]
+        tokens, labels = np.diff(split.offsets), np.diff(split.label_offsets)
+        print(f"{name:5}  {len(split):8,} documents   {labels.mean():5.2f} labels each (most {labels.max()}, "
+              f"none: {(labels == 0).sum()})   {np.median(tokens):4.0f} tokens at the median, "
+              f"{np.quantile(tokens, 0.9):.0f} at 90%")  # fmt: skip
+    n = np.bincount(splits["train"].labels, minlength=n_labels)
+    bins = ((50, 1 << 62, "head, 50 or more"), (5, 50, "torso, 5 to 49"), (1, 5, "tail, 1 to 4"), (0, 1, "unseen, 0"))
+    shares = "   ".join(f"{text}: {((n >= low) & (n < high)).sum():,}" for low, high, text in bins)
+    print(f"{n_labels:,} labels by training documents   {shares}")
+    for reason, count in drops.items():
+        if count:
+            print(f"dropped: {count:,} {reason}")
+
+
+def load(folder: str | Path) -> Data:
+    """RUN/data.npz as stage 1 wrote it."""
+    arrays, meta = load_npz(Path(folder) / "data.npz")
+    splits = {name: Split(*(arrays[f"{name}_{key}"] for key in Split._fields)) for name in ("train", "val", "test", "label")}
+    text, ends = arrays["names"].tobytes(), arrays["names_offsets"]
+    return Data(splits, [text[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)], meta)
+
+
+if __name__ == "__main__":
+    main(run, Config, __doc__)

@@ -1,0 +1,228 @@
+"""Stage 2: cluster the labels into a tree of several resolutions.
+
+    python 02_label_tree.py
+    python 02_label_tree.py --run runs/mine --levels 64,512
+
+Reads    RUN/data.npz
+Writes   RUN/tree.npz     slot_to_label (S,), levels (number of clusters per level, coarse to fine)
+
+Labels are described by the documents that carry them (PIFA) and split in two, and in two again, by balanced spherical
+2-means: sizes differ by at most one. So the tree is nothing but a permutation. Labels are laid out in tree order in S
+slots; every leaf cluster gets the same number of slots (a slot left over holds -1), and the rest is arithmetic:
+
+    node of a slot at level t     slot // (S // levels[t])
+    children of node c            c * fan + arange(fan),   fan = levels[t+1] // levels[t]
+
+Left out here: trees that are not binary, clustering of documents, learning the tree (ELIAS).
+
+Shapes   N documents, L labels, S slots, V vocabulary, M nodes of a level, E (node, feature) pairs
+"""
+
+import math
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from scipy.sparse import csc_matrix, csr_matrix, diags_array
+from tqdm import tqdm
+
+from artifacts import UserError, flag, int_list, load_npz, main, save_npz
+
+data_stage = import_module("01_data")
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = flag("runs/demo", "folder of this run's artifacts")
+    levels: str = flag("", "clusters per level, coarse to fine, powers of two such as 64,512 (default: from L)")
+    smoothing: float = flag(0.0, "weight of the co-occurring labels' features in a label's own (0: none)")
+    iterations: int = flag(8, "2-means iterations per level at most")
+    clusters_shown: int = flag(3, "clusters to print")
+    seed: int = flag(0, "seed of the 2-means' first centroids")
+
+
+class Tree(NamedTuple):
+    """tree.npz in memory."""
+
+    slot_to_label: np.ndarray  # (S,) int32, -1 in an empty slot
+    levels: list[int]  # clusters per level, coarse to fine
+
+
+# ---- features -----------------------------------------------------------------------------------------------------
+
+
+def normalize(X: csr_matrix) -> csr_matrix:
+    """Rows at Euclidean length 1; empty rows stay empty."""
+    norms = np.sqrt(np.asarray(X.multiply(X).sum(axis=1)).ravel())
+    return csr_matrix(diags_array(1 / np.maximum(norms, 1e-12)) @ X)
+
+
+def tfidf(split: "data_stage.Split", idf_V: np.ndarray | None, vocab: int) -> tuple[csr_matrix, np.ndarray]:
+    """(X (N, V), idf (V,)): log(1 + count) times idf, rows at length 1. The columns are the token ids themselves.
+
+    idf_V None: taken from these documents, idf = 1 + ln((N + 1) / (documents with the token + 1)).
+    """
+    ones = np.ones(len(split.ids), np.float32)
+    X = csr_matrix((ones, split.ids.astype(np.int32), split.offsets), shape=(len(split), vocab))
+    X.sum_duplicates()
+    X.data = np.log1p(X.data)
+    if idf_V is None:
+        df_V = np.bincount(X.indices, minlength=vocab)
+        idf_V = (1 + np.log((len(split) + 1) / (df_V + 1))).astype(np.float32)
+    return normalize(X @ diags_array(idf_V)), idf_V
+
+
+def label_features(X_NV: csr_matrix, Y_NL: csr_matrix, smoothing: float = 0.0) -> csr_matrix:
+    """PIFA (L, V): the sum of the TF-IDF rows of a label's documents, at length 1.
+
+    With smoothing, the features of labels that occur together are mixed in: Z + smoothing * D^-1 A Z, where A counts the
+    documents that two labels share and D its row sums. A label without documents has an empty row.
+    """
+    Z_LV = normalize(csr_matrix(Y_NL.T @ X_NV))
+    if smoothing:
+        A_LL = csr_matrix(Y_NL.T @ Y_NL)
+        A_LL.setdiag(0)
+        degree_L = np.asarray(A_LL.sum(axis=1)).ravel()
+        Z_LV = normalize(csr_matrix(Z_LV + diags_array(smoothing / np.maximum(degree_L, 1)) @ A_LL @ Z_LV))
+    return Z_LV
+
+
+# ---- clustering ---------------------------------------------------------------------------------------------------
+
+
+def halve(bounds: np.ndarray) -> np.ndarray:
+    """Node boundaries (M+1,) -> (2M+1,): every node in two, the left one larger by one where the size is odd."""
+    middle = bounds[:-1] + (np.diff(bounds) + 1) // 2
+    return np.append(np.stack([bounds[:-1], middle], axis=1).ravel(), bounds[-1])
+
+
+def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations: int, rng: np.random.Generator) -> np.ndarray:
+    """Split every node of a level in two by balanced spherical 2-means, all nodes at once; the new order.
+
+    Z (L, V) rows at length 1; order (L,) rows in tree order; node m holds order[bounds[m]:bounds[m+1]].
+
+    With its columns indexed by (node, feature) pairs, Z becomes a block matrix: a sum over the rows of each node is then
+    one product, and so are the scores of all rows against their own node's centroids. In CSC, entries of a column are
+    sorted by row, rows are in tree order, so a column's entries already stand together by node: making the pairs needs
+    nothing but a new index pointer.
+    """
+    sizes = np.diff(bounds)
+    node_L = np.repeat(np.arange(len(sizes)), sizes)
+    columns = Z[order].tocsc()
+    columns.sort_indices()
+    entry_node = node_L[columns.indices]
+    starts = np.zeros(columns.nnz, bool)
+    starts[columns.indptr[:-1][np.diff(columns.indptr) > 0]] = True
+    starts[1:] |= entry_node[1:] != entry_node[:-1]
+    first = np.flatnonzero(starts)
+    node_E = entry_node[first]
+    blocks = csc_matrix((columns.data, columns.indices, np.append(first, columns.nnz)), shape=(len(order), len(first)))
+    sums = csr_matrix(blocks.T)
+
+    # First centroids: two random rows of the node.
+    position = np.lexsort((rng.random(len(order)), node_L))
+    left, right = np.zeros((2, len(order)), Z.dtype)
+    left[position[bounds[:-1]]] = 1
+    right[position[np.minimum(bounds[:-1] + 1, bounds[1:] - 1)]] = 1
+    middle = halve(bounds)[1::2]
+    for _ in range(iterations):
+        # argmax over the two centroids, balanced: the better half by the difference of the cosines goes left.
+        gap_E = np.zeros(len(first), Z.dtype)
+        for side, sign in ((left, 1), (right, -1)):
+            centroid_E = sums @ side
+            norm_M = np.sqrt(np.bincount(node_E, centroid_E.astype(np.float64) ** 2, minlength=len(sizes)))
+            gap_E += sign * centroid_E / np.maximum(norm_M, 1e-12)[node_E].astype(Z.dtype)
+        position = np.lexsort((-(blocks @ gap_E), node_L))
+        goes_left = np.zeros(len(order), bool)
+        goes_left[position] = np.arange(len(order)) < np.repeat(middle, sizes)
+        if np.array_equal(goes_left, left.astype(bool)) and left.sum() + right.sum() == len(order):
+            break
+        left, right = goes_left.astype(Z.dtype), (~goes_left).astype(Z.dtype)
+    return order[position]
+
+
+def balanced_kmeans(Z: csr_matrix, depth: int, iterations: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Cluster the rows of Z (any CSR matrix) into 2^depth clusters whose sizes differ by at most one.
+
+    Returns (order, bounds): cluster c holds the rows order[bounds[c]:bounds[c+1]]; the clusters are in tree order.
+    """
+    rng = np.random.default_rng(seed)
+    order, bounds = rng.permutation(Z.shape[0]), np.array([0, Z.shape[0]])
+    for _ in tqdm(range(depth), desc="2-means", unit=" levels", disable=None):
+        order = split_level(Z, order, bounds, iterations, rng)
+        bounds = halve(bounds)
+    return order, bounds
+
+
+def cosine_to_centroid(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray) -> float:
+    """Mean cosine of a row and its cluster's centroid: the sum of the clusters' vector lengths over the rows."""
+    member = csr_matrix((np.ones(len(order), Z.dtype), order, bounds), shape=(len(bounds) - 1, len(order)))
+    sums = member @ Z
+    return float(np.sqrt(np.asarray(sums.multiply(sums).sum(axis=1))).sum() / max(1, (np.diff(Z.indptr) > 0).sum()))
+
+
+def choose_levels(n_labels: int) -> list[int]:
+    """About eight labels to a leaf cluster, eight children to a cluster, at most 1,024 clusters at the top.
+
+    This gives the published settings of CascadeXML for 4K to 670K labels (64,512 ... 1024,8192,65536).
+    """
+    leaf = max(1, round(math.log2(n_labels / 8))) if n_labels > 1 else 0
+    depths = [leaf]
+    while depths[0] > 3 and (len(depths) < 2 or depths[0] > 10):
+        depths.insert(0, depths[0] - 3)
+    return [2**depth for depth in depths]
+
+
+def check_levels(levels: list[int], n_labels: int) -> None:
+    """UserError unless the levels are rising powers of two, at most one per label."""
+    rising = all(a < b for a, b in zip(levels, levels[1:], strict=False))
+    if not rising or any(n < 1 or n & (n - 1) for n in levels):
+        raise UserError(f"--levels {levels}: expected rising powers of two, such as 64,512")
+    if levels[-1] > n_labels:
+        raise UserError(f"--levels {levels}: {levels[-1]} clusters > {n_labels} labels; lower the last level")
+
+
+def lay_out(order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
+    """slot_to_label (S,): every cluster in a block of equal width, -1 where it has fewer labels."""
+    sizes = np.diff(bounds)
+    slots = np.full((len(sizes), sizes.max()), -1, np.int32)
+    slots[np.arange(sizes.max()) < sizes[:, None]] = order
+    return slots.ravel()
+
+
+# ---- the stage ----------------------------------------------------------------------------------------------------
+
+
+def run(config: Config) -> None:
+    data = data_stage.load(config.run)
+    n_labels = len(data.names)
+    levels = int_list(config.levels, "--levels") if config.levels else choose_levels(n_labels)
+    check_levels(levels, n_labels)
+    X_NV, _ = tfidf(data.splits["train"], None, data.meta["vocab_size"])
+    Z_LV = label_features(X_NV, data.splits["train"].label_matrix(n_labels), config.smoothing)
+    order, bounds = balanced_kmeans(Z_LV, int(math.log2(levels[-1])), config.iterations, config.seed)
+    tree = Tree(lay_out(order, bounds), levels)
+    save_npz(Path(config.run) / "tree.npz", config,
+             {"slot_to_label": tree.slot_to_label, "levels": np.array(levels)}, made_from=("data.npz",))  # fmt: skip
+
+    shuffled = np.random.default_rng(config.seed).permutation(n_labels)
+    width = len(tree.slot_to_label) // levels[-1]
+    print(f"{n_labels:,} labels -> clusters per level {levels}, at most {width} labels in a leaf; "
+          f"{(tree.slot_to_label < 0).sum():,} of {len(tree.slot_to_label):,} slots are empty")  # fmt: skip
+    print(f"mean cosine of a label to its leaf's centroid: {cosine_to_centroid(Z_LV, order, bounds):.3f}; "
+          f"in a random tree: {cosine_to_centroid(Z_LV, shuffled, bounds):.3f}")  # fmt: skip
+    for cluster in np.linspace(0, levels[-1] - 1, config.clusters_shown + 2).astype(int)[1:-1]:
+        labels = order[bounds[cluster] : bounds[cluster + 1]]
+        print(f"leaf cluster {cluster}: " + ", ".join(data.names[label] for label in labels[:12]))
+
+
+def load(folder: str | Path) -> Tree:
+    """RUN/tree.npz as stage 2 wrote it."""
+    arrays, _ = load_npz(Path(folder) / "tree.npz")
+    return Tree(arrays["slot_to_label"], arrays["levels"].tolist())
+
+
+if __name__ == "__main__":
+    main(run, Config, __doc__)

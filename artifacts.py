@@ -1,0 +1,176 @@
+"""The plumbing that every stage needs and no student needs to read: command line, artifacts on disk.
+
+An artifact is one file in the run folder. It carries, beside its arrays, a JSON record `meta`: the format version, the
+stage that wrote it, that stage's settings, the library versions and the sha256 of every artifact that it was made from.
+Nothing in here executes what it reads: no pickle, np.load(allow_pickle=False), torch.load(weights_only=True).
+"""
+
+import argparse
+import dataclasses
+import hashlib
+import json
+import os
+import sys
+import time
+import zipfile
+from pathlib import Path
+from typing import Any, Callable
+
+import numpy as np
+import scipy
+import torch
+import transformers
+
+FORMAT = 1
+MADE_BY = {
+    "data.npz": "01_data.py",
+    "tree.npz": "02_label_tree.py",
+    "model.pt": "04_train.py",
+    "checkpoint.pt": "04_train.py",
+    "predictions.npz": "05_eval.py",
+}
+
+
+class UserError(ValueError):
+    """Something that whoever runs the script can mend: shown as one line, without a traceback."""
+
+
+# ---- command line -------------------------------------------------------------------------------------------------
+
+
+def flag(default: Any, help: str, type: Callable | None = None) -> Any:
+    """A dataclass field that becomes a command-line flag; `type` is needed only where the default is None."""
+    return dataclasses.field(default=default, metadata={"help": help, "type": type or default.__class__})
+
+
+def parse(config_class: type, doc: str, argv: list[str] | None = None) -> Any:
+    """The frozen dataclass `config_class`, filled from the command line. --help shows `doc` and every flag."""
+    parser = argparse.ArgumentParser(
+        description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False
+    )
+    for field in dataclasses.fields(config_class):
+        name = "--" + field.name.replace("_", "-")
+        if field.metadata["type"] is bool:
+            parser.add_argument(name, action="store_true", help=field.metadata["help"])
+        else:
+            shown = "" if field.default in (None, "") else f" [{field.default}]"
+            text = (field.metadata["help"] + shown).replace("%", "%%")
+            parser.add_argument(name, type=field.metadata["type"], default=field.default, help=text, metavar="")
+    return config_class(**vars(parser.parse_args(argv)))
+
+
+def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:
+    """Run a stage from the command line: settings, the stage, the time it took; a UserError ends it with exit code 2."""
+    start = time.perf_counter()
+    config = parse(config_class, doc)
+    # After training, weights and optimiser states hold denormal numbers, which a CPU multiplies many times more slowly.
+    torch.set_flush_denormal(True)
+    try:
+        stage(config)
+    except UserError as error:
+        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"[{Path(sys.argv[0]).name} took {time.perf_counter() - start:.0f} s]")
+
+
+def int_list(text: str, what: str) -> list[int]:
+    """'64,192' -> [64, 192]."""
+    try:
+        return [int(part) for part in text.split(",")]
+    except ValueError:
+        raise UserError(f"{what} {text!r}: expected whole numbers separated by commas, such as 64,192") from None
+
+
+# ---- writing ------------------------------------------------------------------------------------------------------
+
+
+def _write_whole(path: Path, write: Callable[[Any], None]) -> None:
+    """Write under a temporary name, flush to disk, rename: a reader never sees half a file."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    try:
+        with open(partial, "wb") as file:
+            write(file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def _meta(path: Path, config: Any, made_from: tuple[str, ...], extra: dict) -> dict:
+    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("run", "resume")}
+    versions = {module.__name__: module.__version__ for module in (torch, transformers, np, scipy)}
+    inputs = {name: sha256(path.parent / name) for name in made_from}
+    return {"format": FORMAT, "stage": MADE_BY[path.name], "config": settings, "versions": versions,
+            "made_from": inputs, **extra}  # fmt: skip
+
+
+def save_npz(path: Path, config: Any, arrays: dict[str, np.ndarray], made_from: tuple[str, ...] = (), **extra) -> None:
+    """Write arrays and their record; `made_from` names the artifacts of the same run folder that were read."""
+    record = np.array(json.dumps(_meta(path, config, made_from, extra)))
+    _write_whole(path, lambda file: np.savez(file, meta=record, **arrays))
+
+
+def save_pt(path: Path, config: Any, content: dict, made_from: tuple[str, ...] = (), **extra) -> None:
+    """Write tensors (nested dicts and lists of plain values) and their record."""
+    content = {"meta": json.dumps(_meta(path, config, made_from, extra)), **content}
+    # Through a file object: torch would otherwise put the temporary name inside the archive.
+    _write_whole(path, lambda file: torch.save(content, file))
+
+
+# ---- reading ------------------------------------------------------------------------------------------------------
+
+
+def sha256(path: Path) -> str:
+    """Hex digest of a file's bytes."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict]:
+    """(arrays, meta). UserError when the file is missing, damaged or does not belong with its neighbours."""
+
+    def read():
+        with np.load(path, allow_pickle=False) as archive:
+            return {key: archive[key] for key in archive.files}
+
+    content = _read(path, read)
+    return content, _check(path, str(content.pop("meta", "")))
+
+
+def load_pt(path: Path) -> tuple[dict, dict]:
+    """(content, meta) on the CPU. UserError as for load_npz."""
+    content = _read(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
+    return content, _check(path, content.pop("meta", ""))
+
+
+def _again(path: Path) -> str:
+    return f"run: python {MADE_BY[path.name]} --run {path.parent}"
+
+
+def _read(path: Path, read: Callable[[], dict]) -> dict:
+    if not path.exists():
+        raise UserError(f"{path} does not exist; {_again(path)}")
+    try:
+        return read()
+    except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_again(path)}") from error
+
+
+def _check(path: Path, record: str) -> dict:
+    """The artifact's record; refuses another format and inputs that have changed since the artifact was made."""
+    try:
+        meta = json.loads(record)
+        if meta["format"] != FORMAT:
+            raise UserError(f"{path} has format {meta['format']}, expected {FORMAT}; {_again(path)}")
+    except (json.JSONDecodeError, KeyError, TypeError):
+        raise UserError(f"{path} carries no record of how it was made; {_again(path)}") from None
+    for name, expected in meta["made_from"].items():
+        source = path.parent / name
+        found = sha256(source) if source.exists() else "nothing"
+        if found != expected:
+            raise UserError(
+                f"{path} was made from a {name} with sha256 {expected[:12]}, found {found[:12]}; {_again(path)}"
+            )
+    return meta
