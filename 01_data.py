@@ -17,9 +17,10 @@ Shapes   N documents, L labels, B batch, T tokens, P (document, label) pairs of 
 
 import gzip
 import json
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Iterable, Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -30,6 +31,7 @@ from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedToken
 
 from artifacts import UserError, flag, load_npz, main, save_npz
 
+SPLITS = ("train", "val", "test", "label")  # the last: the labels' own texts
 CHUNK = 1000  # documents tokenised at a time: what is in memory beside the ids
 
 
@@ -76,7 +78,7 @@ class Batch(NamedTuple):
 class Data(NamedTuple):
     """data.npz in memory."""
 
-    splits: dict[str, Split]  # "train", "val", "test", and "label": the labels' own texts, without labels
+    splits: dict[str, Split]  # by the names in SPLITS
     names: list[str]  # (L,)
     meta: dict  # encoder, vocab_size, prefix, suffix, pad and the record of the artifact
 
@@ -85,24 +87,25 @@ class Data(NamedTuple):
         part, prefix, suffix = self.splits[split], self.meta["prefix"], self.meta["suffix"]
         room = max_len - len(prefix) - len(suffix)
         length_B = np.minimum(part.offsets[rows + 1] - part.offsets[rows], room)
-        column_T = np.arange(length_B.max(initial=0) + len(prefix) + len(suffix))
-        at_BT = column_T - len(prefix)  # position in the document's own tokens
-        source_BT = part.offsets[rows][:, None] + np.clip(at_BT, 0, np.maximum(length_B - 1, 0)[:, None])
-        ids_BT = part.ids[np.minimum(source_BT, len(part.ids) - 1)].astype(np.int64)
+        end_B = len(prefix) + length_B
+        ids_BT = np.full((len(rows), end_B.max() + len(suffix)), self.meta["pad"], np.int64)
         ids_BT[:, : len(prefix)] = prefix
+        doc, position, place = flatten(part.offsets[rows], length_B)
+        ids_BT[doc, len(prefix) + position] = part.ids[place]
         for i, token in enumerate(suffix):
-            ids_BT[np.arange(len(rows)), len(prefix) + length_B + i] = token
-        mask_BT = column_T < (length_B + len(prefix) + len(suffix))[:, None]
-        ids_BT[~mask_BT] = self.meta["pad"]
+            ids_BT[np.arange(len(rows)), end_B + i] = token
+        mask_BT = (np.arange(ids_BT.shape[1]) < (end_B + len(suffix))[:, None]).astype(np.int64)
 
-        count_B = part.label_offsets[rows + 1] - part.label_offsets[rows]
-        doc_P = np.repeat(np.arange(len(rows)), count_B)
-        first_B = np.cumsum(count_B) - count_B
-        label_P = part.labels[np.arange(len(doc_P)) + (part.label_offsets[rows] - first_B)[doc_P]].astype(np.int64)
-        return Batch(*(torch.from_numpy(a) for a in (ids_BT, mask_BT.astype(np.int64), doc_P, label_P)))
+        doc_P, _, place = flatten(part.label_offsets[rows], part.label_offsets[rows + 1] - part.label_offsets[rows])
+        label_P = part.labels[place].astype(np.int64)
+        return Batch(*(torch.from_numpy(array) for array in (ids_BT, mask_BT, doc_P, label_P)))
 
 
-# ---- reading ------------------------------------------------------------------------------------------------------
+def flatten(start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, position in the row, place in the flat array) of every element of ragged rows."""
+    row = np.repeat(np.arange(len(length_B)), length_B)
+    position = np.arange(len(row)) - (np.cumsum(length_B) - length_B)[row]
+    return row, position, start_B[row] + position
 
 
 def read_jsonl(path: Path, *keys: str) -> Iterator[tuple]:
@@ -136,11 +139,8 @@ def read_documents(path: Path, label_id: dict[str, int], drops: dict[str, int]) 
         yield text, ids
 
 
-# ---- tokenising ---------------------------------------------------------------------------------------------------
-
-
 def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:
-    """A lower-cased WordPiece tokeniser of at most `vocab` pieces, learnt from the texts; the same for the same texts."""
+    """A lower-cased WordPiece tokeniser of at most `vocab` pieces; the same texts give the same tokeniser."""
     normalizer = normalizers.BertNormalizer(lowercase=True)
     kept = [normalizer.normalize_str(text) for text in texts]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
@@ -172,7 +172,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, tiny: bool) -> tuple[list
 
 
 def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: PreTrainedTokenizerBase, max_tokens: int,
-           name: str, drops: dict[str, int]) -> Split:  # fmt: skip
+           name: str, drops: dict[str, int]) -> Split:
     """Tokenise a stream of (text, label ids) in chunks."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32  # the smallest type that holds the vocabulary
     ids, labels, lengths, counts = [], [], [], []
@@ -201,9 +201,6 @@ def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: PreTrainedToke
     return Split(np.concatenate(ids), offsets, np.concatenate(labels), label_offsets)
 
 
-# ---- the stage ----------------------------------------------------------------------------------------------------
-
-
 class Drops(dict):
     """Counts of what was left out, by reason."""
 
@@ -215,16 +212,16 @@ def run(config: Config) -> None:
     corpus, out = Path(config.corpus), Path(config.run)
     for name in ("train", "test", "labels"):
         if not (corpus / f"{name}.jsonl.gz").exists():
-            raise UserError(f"{corpus / name}.jsonl.gz does not exist; --corpus names a folder with train, test and labels")
+            raise UserError(f"{corpus / name}.jsonl.gz does not exist; --corpus is a folder with train, test and labels")
     drops = Drops()
     names, label_texts = [], []
-    for number, name, text in read_jsonl(corpus / "labels.jsonl.gz", "name", "text"):
+    for _, name, text in read_jsonl(corpus / "labels.jsonl.gz", "name", "text"):
         names.append(name)
         label_texts.append((text, []))
     label_id = {name: i for i, name in enumerate(names)}
     if len(label_id) < len(names) or not names:
         raise UserError(f"{corpus / 'labels.jsonl.gz'}: {len(names)} lines, {len(label_id)} different names; expected "
-                        "at least one, each once")  # fmt: skip
+                        "at least one, each once")
 
     # Which line goes where is settled before any text is kept, so that memory holds one chunk of texts.
     rng = np.random.default_rng(config.seed)
@@ -256,7 +253,7 @@ def run(config: Config) -> None:
     prefix, suffix, pad = special_tokens(tokenizer, config.encoder == "tiny")
 
     arrays = {}
-    splits = {name: encode(documents(name), tokenizer, config.max_tokens, name, drops) for name in ("train", "val", "test")}
+    splits = {name: encode(documents(name), tokenizer, config.max_tokens, name, drops) for name in SPLITS[:3]}
     splits["label"] = encode(label_texts, tokenizer, config.max_tokens, "label", drops)
     for name, split in splits.items():
         arrays |= {f"{name}_{key}": array for key, array in split._asdict().items()}
@@ -264,18 +261,18 @@ def run(config: Config) -> None:
     arrays["names"] = np.frombuffer(b"".join(encoded), np.uint8)
     arrays["names_offsets"] = np.cumsum([0] + [len(name) for name in encoded], dtype=np.int64)
     save_npz(out / "data.npz", config, arrays, encoder=config.encoder, vocab_size=len(tokenizer), prefix=prefix,
-             suffix=suffix, pad=pad)  # fmt: skip
+             suffix=suffix, pad=pad)
     describe(splits, len(names), drops)
 
 
 def describe(splits: dict[str, Split], n_labels: int, drops: dict[str, int]) -> None:
     """Print the corpus' shape and every drop."""
-    for name in ("train", "val", "test"):
+    for name in SPLITS[:3]:
         split = splits[name]
         tokens, labels = np.diff(split.offsets), np.diff(split.label_offsets)
         print(f"{name:5}  {len(split):8,} documents   {labels.mean():5.2f} labels each (most {labels.max()}, "
               f"none: {(labels == 0).sum()})   {np.median(tokens):4.0f} tokens at the median, "
-              f"{np.quantile(tokens, 0.9):.0f} at 90%")  # fmt: skip
+              f"{np.quantile(tokens, 0.9):.0f} at 90%")
     n = np.bincount(splits["train"].labels, minlength=n_labels)
     bins = ((50, 1 << 62, "head, 50 or more"), (5, 50, "torso, 5 to 49"), (1, 5, "tail, 1 to 4"), (0, 1, "unseen, 0"))
     shares = "   ".join(f"{text}: {((n >= low) & (n < high)).sum():,}" for low, high, text in bins)
@@ -288,7 +285,7 @@ def describe(splits: dict[str, Split], n_labels: int, drops: dict[str, int]) -> 
 def load(folder: str | Path) -> Data:
     """RUN/data.npz as stage 1 wrote it."""
     arrays, meta = load_npz(Path(folder) / "data.npz")
-    splits = {name: Split(*(arrays[f"{name}_{key}"] for key in Split._fields)) for name in ("train", "val", "test", "label")}
+    splits = {name: Split(*(arrays[f"{name}_{key}"] for key in Split._fields)) for name in SPLITS}
     text, ends = arrays["names"].tobytes(), arrays["names_offsets"]
     return Data(splits, [text[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)], meta)
 

@@ -50,9 +50,6 @@ class Tree(NamedTuple):
     levels: list[int]  # clusters per level, coarse to fine
 
 
-# ---- features -----------------------------------------------------------------------------------------------------
-
-
 def normalize(X: csr_matrix) -> csr_matrix:
     """Rows at Euclidean length 1; empty rows stay empty."""
     norms = np.sqrt(np.asarray(X.multiply(X).sum(axis=1)).ravel())
@@ -77,8 +74,8 @@ def tfidf(split: "data_stage.Split", idf_V: np.ndarray | None, vocab: int) -> tu
 def label_features(X_NV: csr_matrix, Y_NL: csr_matrix, smoothing: float = 0.0) -> csr_matrix:
     """PIFA (L, V): the sum of the TF-IDF rows of a label's documents, at length 1.
 
-    With smoothing, the features of labels that occur together are mixed in: Z + smoothing * D^-1 A Z, where A counts the
-    documents that two labels share and D its row sums. A label without documents has an empty row.
+    With smoothing, the features of labels that occur together are mixed in: Z + smoothing * D^-1 A Z, where A counts
+    the documents that two labels share and D its row sums. A label without documents has an empty row.
     """
     Z_LV = normalize(csr_matrix(Y_NL.T @ X_NV))
     if smoothing:
@@ -89,22 +86,20 @@ def label_features(X_NV: csr_matrix, Y_NL: csr_matrix, smoothing: float = 0.0) -
     return Z_LV
 
 
-# ---- clustering ---------------------------------------------------------------------------------------------------
-
-
 def halve(bounds: np.ndarray) -> np.ndarray:
     """Node boundaries (M+1,) -> (2M+1,): every node in two, the left one larger by one where the size is odd."""
     middle = bounds[:-1] + (np.diff(bounds) + 1) // 2
     return np.append(np.stack([bounds[:-1], middle], axis=1).ravel(), bounds[-1])
 
 
-def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations: int, rng: np.random.Generator) -> np.ndarray:
+def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations: int,
+                rng: np.random.Generator) -> np.ndarray:
     """Split every node of a level in two by balanced spherical 2-means, all nodes at once; the new order.
 
     Z (L, V) rows at length 1; order (L,) rows in tree order; node m holds order[bounds[m]:bounds[m+1]].
 
-    With its columns indexed by (node, feature) pairs, Z becomes a block matrix: a sum over the rows of each node is then
-    one product, and so are the scores of all rows against their own node's centroids. In CSC, entries of a column are
+    With its columns indexed by (node, feature) pairs, Z becomes a block matrix: a sum over the rows of each node is
+    then one product, and so are the scores of all rows against their own node's centroids. In CSC, entries of a column are
     sorted by row, rows are in tree order, so a column's entries already stand together by node: making the pairs needs
     nothing but a new index pointer.
     """
@@ -192,9 +187,6 @@ def lay_out(order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     return slots.ravel()
 
 
-# ---- the stage ----------------------------------------------------------------------------------------------------
-
-
 def run(config: Config) -> None:
     data = data_stage.load(config.run)
     n_labels = len(data.names)
@@ -205,14 +197,14 @@ def run(config: Config) -> None:
     order, bounds = balanced_kmeans(Z_LV, int(math.log2(levels[-1])), config.iterations, config.seed)
     tree = Tree(lay_out(order, bounds), levels)
     save_npz(Path(config.run) / "tree.npz", config,
-             {"slot_to_label": tree.slot_to_label, "levels": np.array(levels)}, made_from=("data.npz",))  # fmt: skip
+             {"slot_to_label": tree.slot_to_label, "levels": np.array(levels)}, made_from=("data.npz",))
 
     shuffled = np.random.default_rng(config.seed).permutation(n_labels)
     width = len(tree.slot_to_label) // levels[-1]
     print(f"{n_labels:,} labels -> clusters per level {levels}, at most {width} labels in a leaf; "
-          f"{(tree.slot_to_label < 0).sum():,} of {len(tree.slot_to_label):,} slots are empty")  # fmt: skip
+          f"{(tree.slot_to_label < 0).sum():,} of {len(tree.slot_to_label):,} slots are empty")
     print(f"mean cosine of a label to its leaf's centroid: {cosine_to_centroid(Z_LV, order, bounds):.3f}; "
-          f"in a random tree: {cosine_to_centroid(Z_LV, shuffled, bounds):.3f}")  # fmt: skip
+          f"in a random tree: {cosine_to_centroid(Z_LV, shuffled, bounds):.3f}")
     for cluster in np.linspace(0, levels[-1] - 1, config.clusters_shown + 2).astype(int)[1:-1]:
         labels = order[bounds[cluster] : bounds[cluster + 1]]
         print(f"leaf cluster {cluster}: " + ", ".join(data.names[label] for label in labels[:12]))

@@ -1,38 +1,36 @@
-"""Stage 3: the cascade, one encoder whose layers decide coarse to fine. Run by itself it prints a walk through one batch.
+"""Stage 3: the cascade, one encoder whose layers decide coarse to fine. Run by itself it walks through one batch.
 
-    python 03_model.py
-    python 03_model.py --run runs/mine --topk 64,64
+    python 03_model.py --run runs/demo
 
 Reads    RUN/data.npz, RUN/tree.npz
 Writes   nothing; stage 4 trains this model
 
-After Kharbanda, Banerjee, Schultheis and Babbar, CascadeXML (NeurIPS 2022). Every resolution of the label tree reads its
+After CascadeXML (Kharbanda, Banerjee, Schultheis, Babbar; NeurIPS 2022). Every resolution of the label tree reads its
 own layer of one transformer. The candidates at a resolution are the children of the best nodes of the one above; in
-training the nodes with a positive label below them are always among the best, and the rest, which scored high and are
-wrong, are the hard negatives. The loss is binary cross-entropy over the candidates, summed over the resolutions.
+training the nodes with a positive label below them count as best, and the others, which scored high and are wrong, are
+the hard negatives. The loss is binary cross-entropy over the candidates, summed over the resolutions. Left out here:
+the authors' ensembles, several devices, one-vs-all without a tree.
 
-Left out here: the authors' ensembles, sharing a batch between devices, one-vs-all without a tree.
-
-Shapes   B batch, T tokens, D width, C clusters of a level, F children of each (fan), K clusters kept, P positive pairs,
-         S slots (labels in tree order)
+Shapes   B batch, T tokens, D width, C clusters, F children of each (fan), K clusters kept, P positive pairs, S slots
 """
 
-import os
-from dataclasses import dataclass, replace
+from collections.abc import Iterator
+from dataclasses import dataclass
 from importlib import import_module
-from typing import Iterator, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, BertConfig, PreTrainedConfig, PreTrainedModel
+from transformers import AutoModel, BertConfig, PreTrainedModel
 
-from artifacts import UserError, flag, int_list, main
+from artifacts import UserError, flag, int_list, main, settle
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
 
+RECIPES = {"tiny": {"max_len": 64, "pooling": "mean"}, "pretrained": {"max_len": 128, "pooling": "first"}}
 RANKINGS = ("label", "parent", "path")  # p(label); p(label) p(its cluster); the product down the whole path
 
 
@@ -51,12 +49,9 @@ class Level(NamedTuple):
     """One resolution of one batch: the candidates are the F children of each of the K clusters kept above."""
 
     parents_BK: Tensor  # int64, nodes of the level above (the root: zeros (B, 1))
-    picked_BK: Tensor | None  # int64, where they stood among the candidates of the level above; None at the first level
+    picked_BK: Tensor | None  # int64, where they stood among the candidates of the level above; None below the root
     logits_BKF: Tensor  # float32, -inf in an empty slot
     targets_BKF: Tensor | None  # float32, 1 where a label below the node is positive; None without a teacher
-
-
-# ---- free pieces --------------------------------------------------------------------------------------------------
 
 
 def expand(parents_BK: Tensor, fan: int) -> Tensor:
@@ -83,6 +78,22 @@ def shortlist(logits_BKF: Tensor, targets_BKF: Tensor | None, k: int) -> Tensor:
     return score.flatten(1).topk(k, dim=1, sorted=False).indices
 
 
+def rank(logits_BKF: Tensor, above: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """{ranking: log-probability (B, K * F)} of candidates from their clusters' `above` (B, K); None below the root."""
+    own = F.logsigmoid(logits_BKF)
+    scores = {"label": own, "parent": own, "path": own}
+    if above is not None:
+        scores |= {"parent": own + above["label"][..., None], "path": own + above["path"][..., None]}
+    return {name: score.flatten(1) for name, score in scores.items()}
+
+
+def best_k(labels_BK: Tensor, scores_BK: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of scored labels: (labels (B, k), scores (B, k)), descending; -1 and -inf where there are fewer."""
+    scores, places = scores_BK.topk(min(k, scores_BK.shape[1]), dim=1)
+    missing = (0, k - scores.shape[1])
+    return F.pad(labels_BK.gather(1, places), missing, value=-1), F.pad(scores, missing, value=-torch.inf)
+
+
 class Head(nn.Module):
     """A linear classifier per node, stored cluster by cluster: the children of one node are one contiguous block."""
 
@@ -92,71 +103,60 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.full((n_clusters, fan), -4.0))  # few nodes are positive: start with p = 0.02
 
     def block(self, x_BD: Tensor, start: int, stop: int) -> Tensor:
-        """Logits (B, stop - start, F) of the children of a range of clusters, in float32."""
+        """Logits (B, stop - start, F) of the children of a range of clusters."""
         weight, bias = self.weight[start:stop], self.bias[start:stop]
-        return F.linear(x_BD, weight.flatten(0, 1)).float().view(len(x_BD), *bias.shape) + bias
+        return F.linear(x_BD, weight.flatten(0, 1)).view(len(x_BD), *bias.shape) + bias
 
     def forward(self, x_BD: Tensor, clusters_BK: Tensor | None = None) -> Tensor:
-        """Logits (B, K, F) of the children of the clusters given, or (B, C, F) of all nodes, in float32."""
+        """Logits (B, K, F) of the children of the clusters given, or (B, C, F) of all nodes."""
         C, fan = self.bias.shape
-        if clusters_BK is None:
-            return self.block(x_BD, 0, C)
         # A product with the whole table reads C blocks, a gather reads B * K: take the smaller. Same numbers.
-        if clusters_BK.numel() >= C:
-            return self.block(x_BD, 0, C).gather(1, clusters_BK[..., None].expand(-1, -1, fan))
-        return torch.einsum("bd,bkfd->bkf", x_BD, self.weight[clusters_BK]).float() + self.bias[clusters_BK]
-
-
-# ---- the encoder --------------------------------------------------------------------------------------------------
+        if clusters_BK is None or clusters_BK.numel() >= C:
+            logits = self.block(x_BD, 0, C)
+            return logits if clusters_BK is None else logits.gather(1, clusters_BK[..., None].expand(-1, -1, fan))
+        return torch.einsum("bd,bkfd->bkf", x_BD, self.weight[clusters_BK]) + self.bias[clusters_BK]
 
 
 def choose_layers(depth: int, n_levels: int) -> list[list[int]]:
-    """Hidden states per level: the last level reads the last layer, each one above a sixth of the depth earlier, and the
-    first level two layers next to each other. For 12 layers this is 7+8,10,12 or 5+6,8,10,12, as published."""
+    """Hidden states per level: the last level reads the last layer, each one above a sixth of the depth earlier, and
+    the first two layers next to each other. For 12 layers this is 7+8,10,12 or 5+6,8,10,12, as published."""
     at = [max(1, int(depth * (1 - (n_levels - 1 - t) / 6) + 0.5)) for t in range(n_levels)]
     return [[at[0] - 1, at[0]] if n_levels > 1 and at[0] > 1 else [at[0]]] + [[layer] for layer in at[1:]]
 
 
-def tiny_config(data: "data_stage.Data", config: Config) -> PreTrainedConfig:
-    """A small BERT for training from scratch."""
+def tiny_backbone(data: "data_stage.Data", config: Config) -> PreTrainedModel:
+    """A small BERT to be trained from scratch, without dropout: the heads have theirs."""
     depth, width = int_list(config.tiny, "--tiny")
-    return BertConfig(vocab_size=data.meta["vocab_size"], hidden_size=width, num_hidden_layers=depth,
-                      num_attention_heads=max(1, width // 64), intermediate_size=2 * width, type_vocab_size=1,
-                      hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0, pad_token_id=data.meta["pad"])  # fmt: skip
+    return AutoModel.from_config(BertConfig(
+        vocab_size=data.meta["vocab_size"], pad_token_id=data.meta["pad"], type_vocab_size=1, hidden_size=width,
+        num_hidden_layers=depth, num_attention_heads=max(1, width // 64), intermediate_size=2 * width,
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
 class Encoder(nn.Module):
     """Any bidirectional transformer of the transformers library, giving the pooled hidden states of chosen layers.
+    What differs between families is settled elsewhere: special tokens come from the tokeniser by way of 01_data.py,
+    token types and positions from the model's own defaults."""
 
-    What differs between families is settled elsewhere: special tokens come from the tokeniser by way of 01_data.py;
-    token types, where they exist, default to zero; positions are counted by the model from the mask or the padding id.
-    """
-
-    def __init__(self, backbone: PreTrainedModel, pooling: str) -> None:
+    def __init__(self, backbone: PreTrainedModel, pooling: str, max_len: int, from_scratch: bool = False) -> None:
         super().__init__()
-        self.backbone, self.pooling = backbone, pooling
+        self.backbone, self.pooling, self.from_scratch = backbone, pooling, from_scratch
         if pooling not in ("first", "mean"):
             raise UserError(f"--pooling {pooling}: expected 'first' or 'mean'")
-        if getattr(backbone, "pooler", None) is not None:
-            backbone.pooler = None  # BERT's extra layer on the last hidden state, which nothing here reads
-
-    def max_len(self) -> int:
-        """Most tokens that the position table holds; RoBERTa and MPNet start to count behind their padding id."""
-        most = getattr(self.backbone.config, "max_position_embeddings", None) or 1 << 30
-        table = getattr(getattr(self.backbone, "embeddings", None), "position_embeddings", None)
-        first = getattr(table, "padding_idx", None)
-        return most if first is None else most - first - 1
+        backbone.pooler = None  # BERT's extra layer on the last hidden state, which nothing here reads
+        # What the position table holds; RoBERTa and MPNet start to count behind their padding id.
+        table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+        first = -1 if getattr(table, "padding_idx", None) is None else table.padding_idx
+        if max_len > backbone.config.max_position_embeddings - first - 1:
+            raise UserError(f"--max-len {max_len} is more than the encoder's positions; lower it")
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, layers: set[int]) -> dict[int, Tensor]:
         """{layer: pooled feature (B, D)} of the hidden states asked for; 0 is the embeddings."""
         hidden = self.backbone(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states
         if self.pooling == "first":
             return {layer: hidden[layer][:, 0] for layer in layers}
-        share_B1T = (mask_BT / mask_BT.sum(1, keepdim=True))[:, None].to(hidden[0].dtype)
+        share_B1T = (mask_BT / mask_BT.sum(1, keepdim=True))[:, None]
         return {layer: (share_B1T.to(hidden[layer].dtype) @ hidden[layer]).squeeze(1) for layer in layers}
-
-
-# ---- the cascade --------------------------------------------------------------------------------------------------
 
 
 class Cascade(nn.Module):
@@ -164,41 +164,38 @@ class Cascade(nn.Module):
 
     def __init__(self, encoder: Encoder, tree: "tree_stage.Tree", topk: list[int], layers: list[list[int]]) -> None:
         super().__init__()
-        self.encoder, self.topk, self.layers = encoder, topk, layers
+        self.encoder, self.topk, self.layers, self.amp = encoder, topk, layers, "off"
         self.counts = [1, *tree.levels, len(tree.slot_to_label)]  # nodes per level, from the root to the slots
-        config = encoder.backbone.config
-        n_levels, depth, width = len(self.counts) - 1, config.num_hidden_layers, config.hidden_size
+        n_levels, config = len(tree.levels) + 1, encoder.backbone.config
+        depth, width = config.num_hidden_layers, config.hidden_size
         if len(layers) != n_levels or any(not 0 <= layer <= depth for group in layers for layer in group):
             raise UserError(f"--layers {layers}: expected {n_levels} groups of hidden states between 0 and {depth}")
-        if len(topk) != len(tree.levels):
-            raise UserError(f"--topk {topk}: expected {len(tree.levels)} numbers, one per cluster level {tree.levels}")
-        for t, k in enumerate(topk):
-            candidates = (topk[t - 1] if t else 1) * (self.counts[t + 1] // self.counts[t])
-            if not 1 <= k <= candidates:
-                raise UserError(f"k={k}, but level {t + 1} has {candidates} candidates; change --topk {topk}")
-        self.heads = nn.ModuleList(
-            Head(above, below // above, width) for above, below in zip(self.counts, self.counts[1:], strict=False)
-        )
-        self.join = nn.ModuleList(
-            nn.Identity() if len(group) == 1 else nn.Linear(len(group) * width, width) for group in layers
-        )
+        fans = [below // above for above, below in zip(self.counts, self.counts[1:], strict=False)]
+        most = [k * fan for k, fan in zip([1, *topk], fans, strict=False)]  # the children of what is kept above
+        if len(topk) != len(tree.levels) or any(not 1 <= k <= n for k, n in zip(topk, most, strict=False)):
+            raise UserError(f"--topk {topk}: levels {tree.levels} have {most[: len(tree.levels)]} candidates; lower it")
+        self.heads = nn.ModuleList(Head(n, fan, width) for n, fan in zip(self.counts, fans, strict=False))
+        self.join = nn.ModuleList(nn.Linear(len(g) * width, width) if len(g) > 1 else nn.Identity() for g in layers)
         rates = {3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5)}.get(n_levels, (0.3,) * n_levels)  # as published
         self.dropout = nn.ModuleList(nn.Dropout(rate) for rate in rates)
-        slot_to_label = torch.from_numpy(tree.slot_to_label).long()
-        self.register_buffer("slot_to_label", slot_to_label, persistent=False)
-        label_to_slot = slot_to_label.argsort()[(slot_to_label < 0).sum() :]  # the empty slots, -1, sort to the front
+        slots = torch.from_numpy(tree.slot_to_label).long()
+        label_to_slot = slots.argsort()[(slots < 0).sum() :]  # the empty slots, -1, sort to the front
+        self.register_buffer("slot_to_label", slots, persistent=False)
         self.register_buffer("label_to_slot", label_to_slot, persistent=False)
-        self.register_buffer("empty", (slot_to_label < 0).view(tree.levels[-1], -1), persistent=False)
+        self.register_buffer("empty", (slots < 0).view(tree.levels[-1], -1), persistent=False)
 
     def features(self, batch: "data_stage.Batch") -> list[Tensor]:
-        """One (B, D) per level."""
-        pooled = self.encoder(batch.ids_BT, batch.mask_BT, {layer for group in self.layers for layer in group})
-        return [join(torch.cat([pooled[layer] for layer in group], dim=1))
-                for group, join in zip(self.layers, self.join, strict=True)]  # fmt: skip
+        """One (B, D) float32 per level. The encoder computes in the precision `amp`, the heads in float32: they cost
+        little, and rounding would tie labels that a ranking has to tell apart."""
+        kind, dtype = batch.ids_BT.device.type, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
+        with torch.autocast(kind, dtype, enabled=dtype is not None):
+            pooled = self.encoder(batch.ids_BT, batch.mask_BT, {layer for group in self.layers for layer in group})
+        return [join(torch.cat([pooled[layer] for layer in group], dim=1).float())
+                for group, join in zip(self.layers, self.join, strict=True)]
 
     def descend(self, features: list[Tensor], batch: "data_stage.Batch", teacher: bool) -> Iterator[Level]:
         """Yield the levels, coarse to fine. With `teacher` the positive nodes come first in every shortlist."""
-        parents_BK, picked_BK = torch.zeros(len(batch.ids_BT), 1, dtype=torch.int64, device=batch.ids_BT.device), None
+        parents_BK, picked_BK = torch.zeros_like(batch.ids_BT[:, :1]), None  # the root
         for t, head in enumerate(self.heads):
             fan = self.counts[t + 1] // self.counts[t]
             logits_BKF, targets_BKF = head(self.dropout[t](features[t]), parents_BK), None
@@ -213,10 +210,8 @@ class Cascade(nn.Module):
                 parents_BK = expand(parents_BK, fan).gather(1, picked_BK)
 
     def loss(self, batch: "data_stage.Batch") -> tuple[Tensor, Tensor]:
-        """(loss per level (levels,), positive nodes beyond the k of their level (), which go without training).
-
-        Binary cross-entropy, summed over a document's candidates and averaged over the documents.
-        """
+        """(loss per level (levels,), positive nodes beyond the k of their level (), which are trained no further down).
+        Binary cross-entropy, summed over a document's candidates and averaged over the documents."""
         losses, surplus = [], torch.zeros((), device=batch.ids_BT.device)
         for t, level in enumerate(self.descend(self.features(batch), batch, teacher=True)):
             z, y = level.logits_BKF, level.targets_BKF
@@ -228,115 +223,78 @@ class Cascade(nn.Module):
 
     @torch.no_grad()
     def beam(self, batch: "data_stage.Batch") -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-        """(labels (B, K), {ranking: log-probability (B, K)}, clusters kept at each cluster level [(B, k)]).
-
-        K candidates of the last level; an empty slot has label -1 and log-probability -inf.
-        """
-        kept, above, path = [], torch.zeros((), device=batch.ids_BT.device), None
+        """(labels (B, K), {ranking: log-probability (B, K)}, clusters kept at each cluster level [(B, k)]), where K are
+        the candidates of the last level; an empty slot has label -1 and log-probability -inf."""
+        kept, scores = [], None
         for level in self.descend(self.features(batch), batch, teacher=False):
-            own = F.logsigmoid(level.logits_BKF)
-            if level.picked_BK is not None:
+            if scores is not None:
                 kept.append(level.parents_BK)
-                above, path = (score.gather(1, level.picked_BK)[..., None] for score in (label, path))
-            parent, path = (own + above).flatten(1), (own + (above if path is None else path)).flatten(1)
-            label = own.flatten(1)
-        slots = expand(level.parents_BK, own.shape[2])
-        return self.slot_to_label[slots], {"label": label, "parent": parent, "path": path}, kept
+                scores = {name: score_BK.gather(1, level.picked_BK) for name, score_BK in scores.items()}
+            scores = rank(level.logits_BKF, scores)
+        return self.slot_to_label[expand(level.parents_BK, level.logits_BKF.shape[2])], scores, kept
 
     @torch.no_grad()
     def predict(self, batch: "data_stage.Batch", k: int, ranking: str = "path") -> tuple[Tensor, Tensor]:
-        """(labels (B, k) int64, probabilities (B, k) descending), -1 and 0 where the beam holds fewer labels."""
-        labels, scores, _ = self.beam(batch)
-        return best_k(labels, scores[ranking], k)
+        """The k best labels of the beam and their log-probabilities, as best_k gives them."""
+        labels_BK, scores, _ = self.beam(batch)
+        return best_k(labels_BK, scores[ranking], k)
 
     @torch.no_grad()
-    def predict_exact(self, batch: "data_stage.Batch", k: int, ranking: str = "path", chunk: int = 4096) -> tuple[Tensor, Tensor]:
-        """As predict, but every label is scored, `chunk` leaf clusters at a time with a running top k."""
-        features = self.features(batch)
-        path = above = torch.zeros(len(batch.ids_BT), 1, device=batch.ids_BT.device)
-        for head, x in zip(self.heads[:-1], features, strict=False):
-            above = F.logsigmoid(head(x))
-            path, above = (path[..., None] + above).flatten(1), above.flatten(1)
-        prior = {"label": torch.zeros_like(path), "parent": above, "path": path}[ranking]
-        best = best_k(*(torch.empty(len(path), 0, device=path.device, dtype=d) for d in (torch.int64, path.dtype)), k)
+    def predict_exact(self, batch: "data_stage.Batch", k: int, ranking: str, chunk: int = 4096) -> tuple:
+        """As predict, but with every label scored: `chunk` leaf clusters at a time and a running top k."""
+        features, scores, best = self.features(batch), None, None
+        for head, x_BD in zip(self.heads[:-1], features, strict=False):
+            scores = rank(head(x_BD), scores)
         for start in range(0, self.counts[-2], chunk):
-            stop = min(start + chunk, self.counts[-2])
-            score = F.logsigmoid(self.heads[-1].block(features[-1], start, stop)) + prior[:, start:stop, None]
-            labels = self.slot_to_label.view(self.counts[-2], -1)[start:stop].flatten().expand(len(score), -1)
-            score = score.flatten(1).masked_fill(labels < 0, -torch.inf)
-            best = best_k(torch.cat([best[0], labels], 1), torch.cat([best[1].log(), score], 1), k)
+            logits_BCF = self.heads[-1].block(features[-1], start, start + chunk)
+            above = {name: score_BC[:, start : start + chunk] for name, score_BC in scores.items()}
+            labels_S = self.slot_to_label.view(self.counts[-2], -1)[start : start + chunk].flatten()
+            score_BS = rank(logits_BCF, above)[ranking].masked_fill(labels_S < 0, -torch.inf)
+            found = labels_S.expand(score_BS.shape), score_BS
+            best = best_k(*(torch.cat(pair, 1) for pair in zip(best, found, strict=True)) if best else found, k)
         return best
 
     def param_groups(self, lr: float, lr_encoder: float) -> list[dict]:
-        """Parameters for the optimiser, with the paper's weight decays; none on biases and normalisations."""
-        groups = []
-        for prefix, rate, decay in (("encoder.", lr_encoder, 0.05), ("", lr, 0.005)):
-            named = [(n, p) for n, p in self.named_parameters() if n.startswith("encoder.") == bool(prefix)]
-            groups.append({"params": [p for n, p in named if not n.endswith("bias") and "norm" not in n.lower()], "lr": rate, "weight_decay": decay})
-            groups.append({"params": [p for n, p in named if n.endswith("bias") or "norm" in n.lower()], "lr": rate, "weight_decay": 0.0})
-        return groups
+        """Parameters for the optimiser, with the paper's weight decays; none on biases and normalisations. The word
+        embeddings of an encoder from scratch are a table of rarely met rows, and learn at the rate of the heads."""
+        table = self.encoder.backbone.get_input_embeddings().weight if self.encoder.from_scratch else None
+        groups: dict[tuple[float, float], list] = {}
+        for name, parameter in self.named_parameters():
+            in_encoder = name.startswith("encoder.") and parameter is not table
+            decay = 0.0 if parameter.ndim == 1 or name.endswith("bias") else 0.05 if in_encoder else 0.005
+            groups.setdefault((lr_encoder if in_encoder else lr, decay), []).append(parameter)
+        return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
 
-def best_k(labels: Tensor, scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of scored labels (B, K) as (labels (B, k), probabilities (B, k)), descending, filled with -1 and 0."""
-    best = scores.topk(min(k, scores.shape[1]), dim=1)
-    probability, missing = best.values.exp(), (0, k - best.values.shape[1])
-    labels = labels.gather(1, best.indices).masked_fill(probability == 0, -1)
-    return F.pad(labels, missing, value=-1), F.pad(probability, missing)
-
-
-# ---- building -----------------------------------------------------------------------------------------------------
-
-
-def settle(config: Config, encoder: str, recipes: dict[str, dict]) -> Config:
-    """The settings with those left open taken from the encoder's recipe."""
-    recipe = recipes["tiny" if encoder == "tiny" else "pretrained"]
-    return replace(config, **{key: value for key, value in recipe.items() if getattr(config, key) is None})
-
-
-RECIPES = {
-    "tiny": {"max_len": 64, "pooling": "mean"},
-    "pretrained": {"max_len": 128, "pooling": "first"},
-}
-
-
-def build(data: "data_stage.Data", tree: "tree_stage.Tree", config: Config, backbone: PreTrainedModel | None = None) -> Cascade:
-    """The untrained cascade, or with `backbone` around an encoder that is there already."""
+def build(data: "data_stage.Data", tree: "tree_stage.Tree", config: Config, backbone=None) -> Cascade:
+    """The cascade before training, or around an encoder that is there already."""
     torch.manual_seed(config.seed)
+    from_scratch = data.meta["encoder"] == "tiny"
     if backbone is None:
-        name = data.meta["encoder"]
-        backbone = AutoModel.from_config(tiny_config(data, config)) if name == "tiny" else AutoModel.from_pretrained(name)
-    if os.environ.get("ZI","1")=="1":
-        for n,p in backbone.named_parameters():
-            if n.endswith("output.dense.weight"): nn.init.zeros_(p)
-    encoder = Encoder(backbone, config.pooling)
-    if config.max_len > encoder.max_len():
-        raise UserError(f"--max-len {config.max_len} > the {encoder.max_len()} tokens that the encoder can read; lower it")
+        backbone = tiny_backbone(data, config) if from_scratch else AutoModel.from_pretrained(data.meta["encoder"])
+    encoder = Encoder(backbone, config.pooling, config.max_len, from_scratch)
     topk = int_list(config.topk, "--topk") if config.topk else [min(n, 64 << t) for t, n in enumerate(tree.levels)]
-    depth = backbone.config.num_hidden_layers
     layers = ([int_list(group.replace("+", ","), "--layers") for group in config.layers.split(",")] if config.layers
-              else choose_layers(depth, len(tree.levels) + 1))  # fmt: skip
+              else choose_layers(backbone.config.num_hidden_layers, len(tree.levels) + 1))
     return Cascade(encoder, tree, topk, layers)
 
 
 def run(config: Config) -> None:
     data, tree = data_stage.load(config.run), tree_stage.load(config.run)
-    config = settle(config, data.meta["encoder"], RECIPES)
+    config = settle(config, RECIPES, data.meta["encoder"])
     model = build(data, tree, config).eval()
     batch = data.batch("train", np.arange(4), config.max_len)
-    n_encoder = sum(p.numel() for p in model.encoder.parameters())
-    n_heads = sum(p.numel() for p in model.parameters()) - n_encoder
-    print(f"encoder {data.meta['encoder']}: {n_encoder:,} parameters; heads: {n_heads:,}")
+    for name, part in (("encoder " + data.meta["encoder"], model.encoder), ("heads", model.heads)):
+        print(f"{name}: {sum(parameter.numel() for parameter in part.parameters()):,} parameters")
     print(f"a batch of 4 documents: ids_BT {tuple(batch.ids_BT.shape)}, {len(batch.doc_P)} (document, label) pairs")
     features = model.features(batch)
     for t, level in enumerate(model.descend(features, batch, teacher=True)):
-        nodes = level.logits_BKF[0].numel()
-        print(f"level {t + 1}: reads hidden states {model.layers[t]} -> feature {tuple(features[t].shape)}; "
-              f"parents_BK {tuple(level.parents_BK.shape)} -> logits_BKF {tuple(level.logits_BKF.shape)}: "
-              f"{nodes:,} candidates of {model.counts[t + 1]:,}, {int(level.targets_BKF.sum())} of them positive")  # fmt: skip
-    losses, _ = model.loss(batch)
-    labels, scores = model.predict(batch, 5)
-    print(f"loss per level {[round(x, 3) for x in losses.tolist()]}; predictions {tuple(labels.shape)}")
+        print(f"level {t + 1}: hidden states {model.layers[t]} -> feature_BD {tuple(features[t].shape)}; parents_BK "
+              f"{tuple(level.parents_BK.shape)} -> logits_BKF {tuple(level.logits_BKF.shape)}: each document scores "
+              f"{level.logits_BKF[0].numel():,} of {model.counts[t + 1]:,} nodes; "
+              f"{int(level.targets_BKF.sum())} positive in the batch")
+    print(f"loss per level: {[round(loss, 2) for loss in model.loss(batch)[0].tolist()]}; "
+          f"predict(batch, 5): labels and log-probabilities {[tuple(x.shape) for x in model.predict(batch, 5)]}")
 
 
 if __name__ == "__main__":

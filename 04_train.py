@@ -1,23 +1,22 @@
-"""Stage 4: train the cascade end to end.
+"""Stage 4: train the cascade end to end, and keep the epoch that is best on validation.
 
     python 04_train.py
     python 04_train.py --run runs/mine --epochs 15 --batch-size 64
     python 04_train.py --run runs/mine --resume             go on after the last finished epoch
 
 Reads    RUN/data.npz, RUN/tree.npz
-Writes   RUN/model.pt        the best model by validation P@1 + P@3 + P@5: weights and everything that rebuilds it
-         RUN/checkpoint.pt   where to go on after the last finished epoch
+Writes   RUN/model.pt        the best model by validation P@1 + P@3 + P@5: weights, and what rebuilds the model
+         RUN/checkpoint.pt   everything needed to go on after the last finished epoch
          RUN/log.jsonl       one record per interval and per epoch
 
-Settings that are left open come from a recipe: one for 'tiny', the paper's for pretrained encoders. Left out here:
-several devices, saving within an epoch.
+Settings left open come from a recipe: one for 'tiny', the paper's for pretrained encoders. Left out here: more than one
+device, checkpoints within an epoch.
 """
 
 import json
 import time
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -25,143 +24,257 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
 
-from artifacts import UserError, flag, load_pt, main, save_pt
+from artifacts import UserError, flag, load_pt, main, save_pt, settle
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
 model_stage = import_module("03_model")
 
 RECIPES = {
-    "tiny": {"epochs": 4, "batch_size": 64, "lr": 2e-3, "lr_encoder": 1e-3},
+    "tiny": {"epochs": 4, "batch_size": 128, "lr": 5e-3, "lr_encoder": 1e-3},
     "pretrained": {"epochs": 15, "batch_size": 64, "lr": 1e-3, "lr_encoder": 1e-4},
 }
 POOL = 50  # batches whose documents are sorted by length together
+CLIP = 10.0  # largest norm of the gradient
+INTERVALS = 50  # progress lines in a run, about
 
 
 @dataclass(frozen=True)
 class Config(model_stage.Config):
     epochs: int = flag(None, "passes over the training documents [tiny 4, else 15]", int)
-    batch_size: int = flag(None, "documents per step [64]", int)
+    batch_size: int = flag(None, "documents per batch [tiny 128, else 64]", int)
     accumulate: int = flag(1, "batches whose gradients are added up before a step")
-    lr: float = flag(None, "learning rate of the heads [tiny 2e-3, else 1e-3]", float)
+    lr: float = flag(None, "learning rate of the heads [tiny 5e-3, else 1e-3]", float)
     lr_encoder: float = flag(None, "learning rate of the encoder [tiny 1e-3, else 1e-4]", float)
-    amp: str = flag("auto", "bf16, fp16, off, or auto: what the device is fast at")
+    amp: str = flag("auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at")
     resume: bool = flag(False, "go on from RUN/checkpoint.pt")
 
 
-# ---- batches ------------------------------------------------------------------------------------------------------
+class Batches:
+    """The training documents, in another order every epoch that depends on nothing but the seed and the epoch.
 
-
-def bucketed(lengths_N: np.ndarray, batch_size: int, rng: np.random.Generator) -> list[np.ndarray]:
-    """Batches of row numbers: shuffled, sorted by length within pools of 50 batches, and the batches shuffled again.
-
-    Documents of a batch are of about one length, so hardly any padding is computed, at the price of a little randomness.
+    They are shuffled, sorted by length within pools of 50 batches, and the batches shuffled again: documents of a batch
+    are of about one length, so hardly any padding is computed, at the price of a little randomness.
     """
-    order = rng.permutation(len(lengths_N))
-    pools = [order[i : i + POOL * batch_size] for i in range(0, len(order), POOL * batch_size)]
-    order = np.concatenate([pool[np.argsort(lengths_N[pool], kind="stable")] for pool in pools])
-    batches = [order[i : i + batch_size] for i in range(0, len(order), batch_size)]
-    return [batches[i] for i in rng.permutation(len(batches))]
 
+    def __init__(self, data: "data_stage.Data", batch_size: int, max_len: int, seed: int) -> None:
+        self.data, self.batch_size, self.max_len, self.seed = data, batch_size, max_len, seed
+        self.length_N = np.minimum(np.diff(data.splits["train"].offsets), max_len)
 
-# ---- prediction over a split ----------------------------------------------------------------------------------------
+    def __len__(self) -> int:
+        return -(-len(self.length_N) // self.batch_size)
+
+    def rows(self, epoch: int) -> list[np.ndarray]:
+        """Row numbers of the documents of each batch."""
+        rng, size = np.random.default_rng((self.seed, epoch)), self.batch_size
+        order = rng.permutation(len(self.length_N))
+        pools = np.split(order, range(POOL * size, len(order), POOL * size))
+        order = np.concatenate([pool[np.argsort(self.length_N[pool], kind="stable")] for pool in pools])
+        batches = np.split(order, range(size, len(order), size))
+        return [batches[i] for i in rng.permutation(len(batches))]
+
+    def __call__(self, epoch: int) -> Iterator["data_stage.Batch"]:
+        return (self.data.batch("train", rows, self.max_len) for rows in self.rows(epoch))
 
 
 def hits(labels_Nk: np.ndarray, split: "data_stage.Split") -> np.ndarray:
-    """(N, k) bool: which predicted labels are right; -1 never is. `split.labels` ascend within a document."""
-    big = int(max(split.labels.max(initial=0), labels_Nk.max(initial=0))) + 1
-    true_keys = np.repeat(np.arange(len(split)), np.diff(split.label_offsets)) * big + split.labels
-    keys = np.arange(len(split))[:, None] * big + labels_Nk
-    found = np.searchsorted(true_keys, keys)
-    right = np.append(true_keys, -1)[np.minimum(found, len(true_keys))] == keys
-    return right & (labels_Nk >= 0)
+    """(N, k) bool: which predicted labels are right; -1 never is."""
+    # One key per (document, label); they ascend, because labels do within a document.
+    stride = int(max(split.labels.max(initial=0), labels_Nk.max(initial=0))) + 1
+    true_P = np.repeat(np.arange(len(split)), np.diff(split.label_offsets)) * stride + split.labels
+    key_Nk = np.arange(len(split))[:, None] * stride + labels_Nk
+    place_Nk = np.searchsorted(true_P, key_Nk)
+    return (np.append(true_P, -1)[place_Nk] == key_Nk) & (labels_Nk >= 0)
 
 
-def predict_split(model: "model_stage.Cascade", data: "data_stage.Data", name: str, max_len: int, batch_size: int, device: torch.device,
-                  autocast: Callable, predict: Callable[["data_stage.Batch"], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:  # fmt: skip
-    """Run `predict`, which turns a batch into arrays with a row per document, over a split; rows in the corpus' order."""
-    split = data.splits[name]
+def predict_rankings(model: "model_stage.Cascade", batch: "data_stage.Batch", k: int) -> dict[str, np.ndarray]:
+    """For each ranking "labels NAME" and "scores NAME" (B, k); "kept t" (B,): labels whose cluster the beam kept."""
+    labels, scores, kept = model.beam(batch)
+    found = {}
+    for name in model_stage.RANKINGS:
+        found[f"labels {name}"], found[f"scores {name}"] = model_stage.best_k(labels, scores[name], k)
+    for t, nodes_BK in enumerate(kept):
+        n = model.counts[t + 1]
+        is_kept = torch.zeros(len(nodes_BK), n, dtype=torch.bool, device=nodes_BK.device).scatter_(1, nodes_BK, True)
+        node_P = model.label_to_slot[batch.label_P] // (model.counts[-1] // n)
+        found[f"kept {t}"] = torch.bincount(batch.doc_P[is_kept[batch.doc_P, node_P]], minlength=len(nodes_BK))
+    return {key: value.cpu().numpy() for key, value in found.items()}
+
+
+def over_split(model: "model_stage.Cascade", data: "data_stage.Data", name: str, max_len: int, batch_size: int,
+               predict: Callable[["data_stage.Batch"], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Apply `predict`, which gives arrays with a row per document, to a whole split; rows in the corpus' order."""
     model.eval()
-    order = np.argsort(np.diff(split.offsets), kind="stable")
-    parts = []
-    for start in range(0, len(order), batch_size):
-        rows = order[start : start + batch_size]
-        with autocast():
-            parts.append(predict(data.batch(name, rows, max_len).to(device)))
-    inverse = np.argsort(order)
-    return {key: np.concatenate([part[key] for part in parts])[inverse] for key in parts[0]}
+    order = np.argsort(np.diff(data.splits[name].offsets), kind="stable")
+    device = model.slot_to_label.device
+    parts = [predict(data.batch(name, order[i : i + batch_size], max_len).to(device))
+             for i in range(0, len(order), batch_size)]
+    back = np.argsort(order)
+    return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
 
 
-# ---- the fit ------------------------------------------------------------------------------------------------------
+def validate(model: "model_stage.Cascade", data: "data_stage.Data", config: Config) -> dict:
+    """{"P": {ranking: [P@1, P@3, P@5]}, "recall": shortlist recall per level}, in percent, on the validation split."""
+    found = over_split(model, data, "val", config.max_len, 2 * config.batch_size,
+                       lambda batch: predict_rankings(model, batch, 5))
+    split = data.splits["val"]
+    labelled = max(1, np.count_nonzero(np.diff(split.label_offsets)))
+    precision = {}
+    for name in model_stage.RANKINGS:
+        right = hits(found[f"labels {name}"], split).sum(axis=0).cumsum()
+        precision[name] = [100 * float(right[k - 1]) / k / labelled for k in (1, 3, 5)]
+    recall = [100 * float(found[f"kept {t}"].sum()) / max(1, len(split.labels)) for t in range(len(model.topk))]
+    return {"P": precision, "recall": recall}
 
 
 def lr_scale(step: int, total: int, warmup: int) -> float:
-    """Linear warm-up, flat, and a linear decay over the last fifth."""
+    """Linear warm-up, flat, linear decay over the last fifth."""
     return min((step + 1) / max(1, warmup), 1.0, (total - step) / max(1, total // 5))
 
 
+def choose_amp(model: "model_stage.Cascade", batch: "data_stage.Batch") -> str:
+    """bf16 or fp16 on a GPU; on a CPU bf16 only if a forward and backward pass of the encoder is faster so."""
+    if batch.ids_BT.is_cuda:
+        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+    seconds = {"off": [], "bf16": []}
+    for _ in range(4):
+        for model.amp, times in seconds.items():
+            start = time.perf_counter()
+            sum(x_BD.sum() for x_BD in model.features(batch)).backward()
+            times.append(time.perf_counter() - start)
+    model.zero_grad()
+    fp32, bf16 = (float(np.median(times[1:])) for times in seconds.values())  # the first pass sets things up
+    print(f"precision: one batch takes {1000 * fp32:.0f} ms in fp32 and {1000 * bf16:.0f} ms in bf16")
+    return "bf16" if bf16 < fp32 else "off"
+
+
+def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[[dict], None],
+        after_epoch: Callable[[int, dict], None] = lambda epoch, state: None, state: dict | None = None) -> None:
+    """Train any module with loss(batch) -> (losses (levels,), surplus) and param_groups(lr, lr_encoder).
+
+    `after_epoch(epochs done, state)` gets everything that has to be saved to go on; given back as `state`, training goes
+    on as if it had never stopped. ValueError when the loss is no longer finite.
+    """
+    device = next(model.parameters()).device
+    optimizer = torch.optim.AdamW(model.param_groups(config.lr, config.lr_encoder), fused=True, betas=(0.9, 0.99))
+    scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
+    peak_lr = [group["lr"] for group in optimizer.param_groups]
+    per_epoch = -(-len(batches) // config.accumulate)
+    total, epochs_done = per_epoch * config.epochs, 0
+    warmup, interval = min(per_epoch, total // 10), max(1, total // INTERVALS)
+    if state:
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        scaler.load_state_dict(state["scaler"])
+        torch.set_rng_state(state["random"])
+        if device.type == "cuda":
+            torch.cuda.set_rng_state(state["random_cuda"])
+        epochs_done = state["epochs_done"]
+
+    step = epochs_done * per_epoch
+    for epoch in range(epochs_done, config.epochs):
+        model.train()
+        sums, documents, seen, start = 0.0, 0, 0, time.perf_counter()
+        for i, batch in enumerate(batches(epoch)):
+            losses, surplus = model.loss(batch.to(device))
+            share = min(config.accumulate, len(batches) - i // config.accumulate * config.accumulate)
+            scaler.scale(losses.sum() / share).backward()
+            # One tensor gathers what the progress line needs; nothing waits for the device before it is printed.
+            sums = sums + torch.cat([losses.detach(), surplus.view(1)])
+            documents, seen = documents + len(batch.ids_BT), seen + 1
+            if (i + 1) % config.accumulate and i + 1 < len(batches):
+                continue
+            for group, lr in zip(optimizer.param_groups, peak_lr, strict=True):
+                group["lr"] = lr * lr_scale(step, total, warmup)
+            scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
+            scaler.step(optimizer)
+            scaler.update()
+            optimizer.zero_grad()
+            step += 1
+            if step % interval and step % per_epoch:
+                continue
+            *losses, surplus = sums.tolist()
+            losses = [loss / seen for loss in losses]
+            if not np.isfinite(losses).all():
+                raise UserError(f"loss per level {losses} at step {step}, learning rate {optimizer.param_groups[-1]['lr']:.1e}; "
+                                f"lower --lr or --lr-encoder; {config.run}/model.pt holds the best epoch so far")
+            rate = documents / (time.perf_counter() - start)
+            left = (total - step) * config.batch_size * config.accumulate / rate
+            lr = optimizer.param_groups[-1]["lr"]
+            log({"epoch": epoch + 1, "step": step, "loss": losses, "surplus": int(surplus), "lr": lr,
+                 "grad_norm": float(norm), "documents_per_s": rate})
+            print(f"epoch {epoch + 1}/{config.epochs} step {step}/{total}  loss {' '.join(f'{loss:.2f}' for loss in losses)}"
+                  f"  lr {lr:.1e}  {rate:,.0f} documents/s  {left / 60:.1f} min left"
+                  + (f"  {int(surplus)} positive nodes beyond k" if surplus else ""), flush=True)
+            sums, documents, seen, start = 0.0, 0, 0, time.perf_counter()
+        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
+                 "epochs_done": epoch + 1, "random": torch.get_rng_state()}
+        if device.type == "cuda":
+            state["random_cuda"] = torch.cuda.get_rng_state()
+        after_epoch(epoch + 1, state)
+
+
+def load(folder: str | Path, data: "data_stage.Data") -> tuple["model_stage.Cascade", Config, str]:
+    """(model, its settings, the ranking chosen on validation) from RUN/model.pt; needs no hub."""
+    content, _ = load_pt(Path(folder) / "model.pt")
+    config = Config(**content["config"])
+    encoder = dict(content["encoder"])
+    backbone = AutoModel.from_config(AutoConfig.for_model(encoder.pop("model_type"), **encoder))
+    model = model_stage.build(data, tree_stage.load(folder), config, backbone)
+    model.load_state_dict(content["model"])
+    model.amp = config.amp
+    return model, config, content["ranking"]
+
+
 def run(config: Config) -> None:
-    data, tree = data_stage.load(config.run), tree_stage.load(config.run)
+    out = Path(config.run)
+    data, tree = data_stage.load(out), tree_stage.load(out)
     for recipes in (model_stage.RECIPES, RECIPES):
-        config = model_stage.settle(config, data.meta["encoder"], recipes)
+        config = settle(config, recipes, data.meta["encoder"])
+    if config.amp not in ("auto", "bf16", "fp16", "off"):
+        raise UserError(f"--amp {config.amp}: expected bf16, fp16, off or auto")
+    state = None
+    if config.resume:
+        state, _ = load_pt(out / "checkpoint.pt")
+        before = state["config"]
+        config = replace(config, amp=before["amp"] if config.amp == "auto" else config.amp)
+        for key, value in before.items():
+            if key not in ("run", "resume") and getattr(config, key) != value:
+                raise UserError(f"--resume: {out}/checkpoint.pt was made with {key}={value}, not {getattr(config, key)}; "
+                                "give the same settings, or start over without --resume")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model_stage.build(data, tree, config).to(device)
-    split = data.splits["train"]
-    lengths = np.minimum(np.diff(split.offsets), config.max_len)
-    optimizer = torch.optim.AdamW(model.param_groups(config.lr, config.lr_encoder), fused=True, betas=(0.9, float(os.environ.get("B2","0.99"))))
-    if os.environ.get('LRE'):
-        emb=[p for n,p in model.named_parameters() if 'word_embeddings' in n]
-        optimizer.param_groups[0]['params']=[p for p in optimizer.param_groups[0]['params'] if p is not emb[0]]
-        optimizer.add_param_group({'params':emb,'lr':float(os.environ['LRE']),'weight_decay':0.0})
-    base = [g["lr"] for g in optimizer.param_groups]
-    spe = -(-len(split) // config.batch_size)
-    total = spe * config.epochs
-    autocast = (lambda: torch.autocast(device.type, dtype=torch.bfloat16)) if config.amp == "bf16" else nullcontext
-    step = 0
-    t0 = time.time()
-    for epoch in range(config.epochs):
-        model.train()
-        rng = np.random.default_rng((config.seed, epoch))
-        acc = torch.zeros(len(model.heads))
-        sur = 0
-        for i, rows in enumerate(bucketed(lengths, config.batch_size, rng)):
-            batch = data.batch("train", rows, config.max_len)
-            with autocast():
-                losses, surplus = model.loss(batch)
-            losses.sum().backward()
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            for g, b in zip(optimizer.param_groups, base):
-                g["lr"] = b * lr_scale(step, total, WARM * spe)
-            optimizer.step()
-            optimizer.zero_grad()
-            acc += losses.detach(); sur += surplus
-            step += 1
-            if step % 200 == 0:
-                print(f"step {step}/{total} loss {[round(float(x),3) for x in acc/200]} norm {float(norm):.1f} {step*config.batch_size/(time.time()-t0):.0f} docs/s", flush=True)
-                acc.zero_()
-        t1 = time.time()
-        y = data.splits["val"]
+    batches = Batches(data, config.batch_size, config.max_len, config.seed)
+    if config.amp == "auto":
+        config = replace(config, amp=choose_amp(model, next(batches(0)).to(device)))
+    model.amp = config.amp
+    torch.manual_seed(config.seed)
+    print("settings: " + ", ".join(f"{key}={value}" for key, value in asdict(config).items()))
+    best = state["best"] if state else -1.0
+    log_file = open(out / "log.jsonl", "a" if config.resume else "w")  # noqa: SIM115
 
-        def predict(batch):
-            labels, scores, kept = model.beam(batch)
-            out = {r: model_stage.best_k(labels, s, 5)[0].numpy() for r, s in scores.items()}
-            for t, nodes in enumerate(kept):
-                pos = model.label_to_slot[batch.label_P] // (model.counts[-1] // model.counts[t + 1])
-                m = model_stage.match(pos, batch.doc_P, nodes, model.counts[t + 1], 1)
-                out[f"r{t}"] = m.sum((1, 2)).numpy()
-                mm=torch.zeros(len(nodes), model.counts[t+1]); mm[batch.doc_P,pos]=1
-                out[f"n{t}"] = mm.sum(1).numpy()
-            return out
+    def log(record: dict) -> None:
+        log_file.write(json.dumps(record) + "\n")
+        log_file.flush()
 
-        out = predict_split(model, data, "val", config.max_len, 128, device, autocast, predict)
-        msg = ""
-        for r in model_stage.RANKINGS:
-            h = hits(out[r], y)
-            msg += f" {r} " + "/".join(f"{100 * h[:, :k].sum() / len(y) / k:.1f}" for k in (1, 3, 5))
-        rec = [f"{100*out[f'r{t}'].sum()/out[f'n{t}'].sum():.1f}" for t in range(len(tree.levels))]
-        print(f"epoch {epoch + 1} {time.time() - t0:.0f} s (val {time.time()-t1:.0f}) surplus {int(sur)} {msg} recall {rec}", flush=True)
+    def after_epoch(epoch: int, state: dict) -> None:
+        nonlocal best
+        result = validate(model, data, config)
+        ranking = max(result["P"], key=lambda name: sum(result["P"][name]))
+        log({"epoch": epoch, "validation": result, "ranking": ranking})
+        print(f"epoch {epoch} validation P@1/3/5 " + "/".join(f"{p:.1f}" for p in result["P"][ranking])
+              + f" ranked by {ranking}; shortlist recall " + " ".join(f"{r:.1f}" for r in result["recall"]), flush=True)
+        shared = {"config": asdict(config)}
+        if sum(result["P"][ranking]) > best:
+            best = sum(result["P"][ranking])
+            save_pt(out / "model.pt", config, {**shared, "model": state["model"], "ranking": ranking,
+                    "encoder": model.encoder.backbone.config.to_dict()}, made_from=("data.npz", "tree.npz"))
+        save_pt(out / "checkpoint.pt", config, {**shared, **state, "best": best}, made_from=("data.npz", "tree.npz"))
 
-import os
-CLIP=float(os.environ.get("CLIP","1")); WARM=float(os.environ.get("WARM","0.3"))
+    with log_file:
+        fit(model, batches, config, log, after_epoch, state)
+
+
 if __name__ == "__main__":
     main(run, Config, __doc__)

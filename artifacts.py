@@ -10,11 +10,13 @@ import dataclasses
 import hashlib
 import json
 import os
+import pickle
 import sys
 import time
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable
+from typing import Any
 
 import numpy as np
 import scipy
@@ -33,9 +35,6 @@ MADE_BY = {
 
 class UserError(ValueError):
     """Something that whoever runs the script can mend: shown as one line, without a traceback."""
-
-
-# ---- command line -------------------------------------------------------------------------------------------------
 
 
 def flag(default: Any, help: str, type: Callable | None = None) -> Any:
@@ -59,8 +58,14 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None) -> Any:
     return config_class(**vars(parser.parse_args(argv)))
 
 
+def settle(config: Any, recipes: dict[str, dict], encoder: str) -> Any:
+    """The settings, with those left open (None) taken from the recipe for 'tiny' or for 'pretrained' encoders."""
+    recipe = recipes["tiny" if encoder == "tiny" else "pretrained"]
+    return dataclasses.replace(config, **{key: value for key, value in recipe.items() if getattr(config, key) is None})
+
+
 def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:
-    """Run a stage from the command line: settings, the stage, the time it took; a UserError ends it with exit code 2."""
+    """Run a stage from the command line and print the time it took; a UserError ends it with exit code 2."""
     start = time.perf_counter()
     config = parse(config_class, doc)
     # After training, weights and optimiser states hold denormal numbers, which a CPU multiplies many times more slowly.
@@ -79,9 +84,6 @@ def int_list(text: str, what: str) -> list[int]:
         return [int(part) for part in text.split(",")]
     except ValueError:
         raise UserError(f"{what} {text!r}: expected whole numbers separated by commas, such as 64,192") from None
-
-
-# ---- writing ------------------------------------------------------------------------------------------------------
 
 
 def _write_whole(path: Path, write: Callable[[Any], None]) -> None:
@@ -103,7 +105,7 @@ def _meta(path: Path, config: Any, made_from: tuple[str, ...], extra: dict) -> d
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np, scipy)}
     inputs = {name: sha256(path.parent / name) for name in made_from}
     return {"format": FORMAT, "stage": MADE_BY[path.name], "config": settings, "versions": versions,
-            "made_from": inputs, **extra}  # fmt: skip
+            "made_from": inputs, **extra}
 
 
 def save_npz(path: Path, config: Any, arrays: dict[str, np.ndarray], made_from: tuple[str, ...] = (), **extra) -> None:
@@ -117,9 +119,6 @@ def save_pt(path: Path, config: Any, content: dict, made_from: tuple[str, ...] =
     content = {"meta": json.dumps(_meta(path, config, made_from, extra)), **content}
     # Through a file object: torch would otherwise put the temporary name inside the archive.
     _write_whole(path, lambda file: torch.save(content, file))
-
-
-# ---- reading ------------------------------------------------------------------------------------------------------
 
 
 def sha256(path: Path) -> str:
@@ -154,8 +153,8 @@ def _read(path: Path, read: Callable[[], dict]) -> dict:
         raise UserError(f"{path} does not exist; {_again(path)}")
     try:
         return read()
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} cannot be read ({error}); {_again(path)}") from error
+    except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); {_again(path)}") from error
 
 
 def _check(path: Path, record: str) -> dict:

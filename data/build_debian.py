@@ -3,8 +3,8 @@
     python data/build_debian.py                         with the apt sources of this machine
     python data/build_debian.py --sources FILE          with another apt source file that names a bookworm mirror
 
-Reads    the package index of Debian bookworm (main, amd64, English descriptions), fetched and verified by apt-get into a
-         private folder: the machine's own package lists are not touched, nothing is installed.
+Reads    the package index of Debian bookworm (main, amd64, English descriptions), fetched and verified by apt-get into
+         a private folder: the machine's own package lists are not touched, nothing is installed.
 Writes   data/debian/{train,val,test}.jsonl.gz   {"text": "name: short. long", "labels": ["name of a dependency", ...]}
          data/debian/labels.jsonl.gz             {"name": "...", "text": "name: short description"}
 
@@ -20,8 +20,8 @@ import re
 import subprocess
 import tempfile
 from collections import Counter, defaultdict
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Iterator
 
 TOO_FREQUENT = 0.05  # labels on more than this share of the documents (libc6 and its like) teach nothing
 MIN_SOURCES = 2  # a label used by one source package alone would sit in one split alone
@@ -34,7 +34,7 @@ def fetch_index(folder: Path, sources: str) -> tuple[Path, Path]:
     (lists / "partial").mkdir(parents=True)
     options = {"Dir::State::Lists": lists, "Dir::Cache": folder, "APT::Architecture": "amd64",
                "APT::Architectures": "amd64", "Acquire::Languages": "en", "Acquire::GzipIndexes": "false",
-               "APT::Sandbox::User": "root"}  # fmt: skip
+               "APT::Sandbox::User": "root"}
     if sources:
         options |= {"Dir::Etc::sourcelist": Path(sources).resolve(), "Dir::Etc::sourceparts": "-"}
     apt = ["apt-get"] + [part for key, value in options.items() for part in ("-o", f"{key}={value}")]
@@ -44,7 +44,7 @@ def fetch_index(folder: Path, sources: str) -> tuple[Path, Path]:
     for created_by in ("Packages", "Translations"):
         filters = ["Codename: bookworm", "Component: main", "Origin: Debian", f"Created-By: {created_by}"]
         listed = subprocess.run([*apt, "indextargets", "--format", "$(FILENAME)", *filters],
-                                check=True, capture_output=True, text=True)  # fmt: skip
+                                check=True, capture_output=True, text=True)
         paths = [Path(line) for line in listed.stdout.split("\n") if line and Path(line).exists()]
         if len(paths) != 1:
             raise SystemExit(f"apt gave {len(paths)} {created_by} files of bookworm/main, expected 1; see --sources")
@@ -86,11 +86,11 @@ def side(source: str) -> str:
 
 
 def build(packages: list[dict[str, str]], descriptions: dict[str, str], say=print) -> dict[str, list[dict]]:
-    """{"train" | "val" | "test" | "labels": rows}; `descriptions` by Description-md5. Every drop is counted and said."""
+    """{"train" | "val" | "test" | "labels": rows}; `descriptions` by Description-md5. Every drop is said."""
     by_name = {package["Package"]: package for package in packages}  # of several versions the index' last
     source = {name: p.get("Source", name).split(" ")[0] for name, p in by_name.items()}
     parts = {name: descriptions.get(p.get("Description-md5", ""), p.get("Description", "")).partition("\n")
-             for name, p in by_name.items()}  # fmt: skip
+             for name, p in by_name.items()}
     short = {name: part[0].strip() for name, part in parts.items()}
     labels_of = {name: dependencies(p) for name, p in by_name.items()}
     say(f"{len(packages)} packages; {len(packages) - len(by_name)} second versions dropped")
@@ -108,7 +108,7 @@ def build(packages: list[dict[str, str]], descriptions: dict[str, str], say=prin
     kept = set(frequency) - frequent - rare - unseen
     say(f"{len(frequency)} labels; dropped: {len(frequent)} on more than {TOO_FREQUENT:.0%} of the documents "
         f"({', '.join(sorted(frequent))}), {len(rare)} used by fewer than {MIN_SOURCES} source packages, "
-        f"{len(unseen)} without a training document")  # fmt: skip
+        f"{len(unseen)} without a training document")
 
     rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
     without = cut = 0
@@ -126,7 +126,7 @@ def build(packages: list[dict[str, str]], descriptions: dict[str, str], say=prin
     virtual = sum(label not in by_name for label in kept)
     say(f"{virtual} labels are virtual packages or not in the index: their text is their name")
     rows["labels"] = [{"name": label, "text": f"{label}: {short[label]}" if short.get(label) else label}
-                      for label in sorted(kept)]  # fmt: skip
+                      for label in sorted(kept)]
     say("; ".join(f"{len(part)} {name}" for name, part in rows.items()))
     return rows
 

@@ -1,0 +1,69 @@
+"""Shared by the tests: the stages as modules, and a small corpus on which all five have run."""
+
+import gzip
+import json
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+torch.set_num_threads(2)
+
+stages = SimpleNamespace(
+    data=import_module("01_data"),
+    tree=import_module("02_label_tree"),
+    model=import_module("03_model"),
+    train=import_module("04_train"),
+    eval=import_module("05_eval"),
+)
+
+
+def write_jsonl(path: Path, rows: list[dict]) -> None:
+    with gzip.open(path, "wt", encoding="utf-8") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+
+
+def make_corpus(folder: Path, n_documents: int = 300, n_labels: int = 40, seed: int = 0, val: bool = True) -> Path:
+    """Documents made of the words of their labels and noise; some without labels in the test split."""
+    rng = np.random.default_rng(seed)
+    folder.mkdir(parents=True, exist_ok=True)
+    names = [f"label-{i}" for i in range(n_labels)]
+
+    def document(i: int) -> dict:
+        mine = rng.choice(n_labels, size=rng.integers(1, 4), replace=False)
+        words = [f"word{label}x{j}" for label in mine for j in range(3)] + [f"noise{j}" for j in rng.integers(0, 50, 8)]
+        rng.shuffle(words)
+        return {"text": " ".join(words), "labels": [names[label] for label in mine] if i % 50 != 49 else []}
+
+    for split, n in (("train", n_documents), ("val", 60), ("test", 60)):
+        if split != "val" or val:
+            write_jsonl(folder / f"{split}.jsonl.gz", [document(i) for i in range(n)])
+    write_jsonl(folder / "labels.jsonl.gz", [{"name": name, "text": f"what {name} means"} for name in names])
+    return folder
+
+
+SMALL = {"tiny": "2,32", "max_len": 32, "amp": "off", "epochs": 2, "batch_size": 16, "topk": "4"}
+
+
+def run_pipeline(run: Path, corpus: Path, **train) -> Path:
+    """Stages 1, 2, 4 and 5 with a tiny encoder."""
+    stages.data.run(stages.data.Config(run=str(run), corpus=str(corpus), vocab=400))
+    stages.tree.run(stages.tree.Config(run=str(run), levels="8"))
+    stages.train.run(stages.train.Config(run=str(run), **{**SMALL, **train}))
+    stages.eval.run(stages.eval.Config(run=str(run), k=20))
+    return run
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory) -> Path:
+    return make_corpus(tmp_path_factory.mktemp("corpus"))
+
+
+@pytest.fixture(scope="session")
+def done(tmp_path_factory, corpus) -> Path:
+    """A run folder in which the whole path has been run; not to be changed by a test."""
+    return run_pipeline(tmp_path_factory.mktemp("run"), corpus)

@@ -1,0 +1,190 @@
+"""Stage 1 and the artifacts: batches against a loop, errors with their line, the same bytes from the same seed."""
+
+import json
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, make_corpus, stages, write_jsonl
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import artifacts
+from artifacts import UserError
+
+data = stages.data
+
+
+def split_of(documents, labels):
+    offsets, label_offsets = (np.cumsum([0] + [len(row) for row in rows]) for rows in (documents, labels))
+    flat = [np.array([x for row in rows for x in row], np.int32) for rows in (documents, labels)]
+    return data.Split(flat[0], offsets, flat[1], label_offsets)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    documents=st.lists(st.lists(st.integers(5, 99), max_size=9), min_size=1, max_size=6),
+    prefix=st.lists(st.integers(1, 2), max_size=2),
+    suffix=st.lists(st.integers(3, 4), max_size=2),
+    max_len=st.integers(5, 12),
+    seed=st.integers(0, 99),
+)
+def test_batch_equals_a_loop_over_documents(documents, prefix, suffix, max_len, seed):
+    rng = np.random.default_rng(seed)
+    labels = [sorted(rng.choice(20, rng.integers(0, 4), replace=False).tolist()) for _ in documents]
+    meta = {"prefix": prefix, "suffix": suffix, "pad": 0}
+    rows = rng.permutation(len(documents))
+    batch = data.Data({"train": split_of(documents, labels)}, [], meta).batch("train", rows, max_len)
+    expected = [prefix + documents[i][: max_len - len(prefix) - len(suffix)] + suffix for i in rows]
+    width = max(len(row) for row in expected)
+    assert batch.ids_BT.tolist() == [row + [0] * (width - len(row)) for row in expected]
+    assert batch.mask_BT.tolist() == [[1] * len(row) + [0] * (width - len(row)) for row in expected]
+    pairs = [(b, label) for b, i in enumerate(rows) for label in labels[i]]
+    assert list(zip(batch.doc_P.tolist(), batch.label_P.tolist(), strict=True)) == pairs
+
+
+def test_ids_are_those_of_the_tokeniser_with_its_special_tokens(done, corpus):
+    from transformers import AutoTokenizer
+
+    loaded, tokenizer = data.load(done), AutoTokenizer.from_pretrained(done / "tokenizer")
+    texts = [row[1] for row in data.read_jsonl(corpus / "test.jsonl.gz", "text")][:5]
+    batch = loaded.batch("test", np.arange(5), 64)
+    for row, mask, text in zip(batch.ids_BT, batch.mask_BT, texts, strict=True):
+        words = tokenizer.convert_ids_to_tokens(row[mask.bool()].tolist())
+        assert words[0] == "[CLS]" and words[-1] == "[SEP]"
+        assert "".join(words[1:-1]).replace("##", "") == text.replace(" ", "")
+
+
+def test_the_same_corpus_gives_the_same_bytes(tmp_path, corpus, done):
+    data.run(data.Config(run=str(tmp_path), corpus=str(corpus), vocab=400))
+    for name in ("data.npz", "tokenizer/tokenizer.json"):
+        assert artifacts.sha256(tmp_path / name) == artifacts.sha256(done / name)
+
+
+def test_a_missing_validation_split_is_drawn_from_training(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus", val=False)
+    data.run(data.Config(run=str(tmp_path / "a"), corpus=str(corpus), vocab=400))
+    data.run(data.Config(run=str(tmp_path / "b"), corpus=str(corpus), vocab=400, limit=100))
+    a, b = (data.load(tmp_path / name).splits for name in "ab")
+    assert (len(a["train"]), len(a["val"])) == (294 - 29, 29)  # 6 of 300 have no labels and are dropped
+    assert (len(b["train"]), len(b["val"])) == (100, 29)
+    assert np.array_equal(a["val"].labels, b["val"].labels)
+
+
+def test_drops_are_counted_and_printed(tmp_path, capsys):
+    folder = make_corpus(tmp_path / "corpus")
+    rows = [{"text": "a b c", "labels": ["label-0", "label-0"]}, {"text": "  ", "labels": ["label-1"]},
+            {"text": "d e", "labels": []}, {"text": "f " * 40, "labels": ["label-2"]}]
+    write_jsonl(folder / "train.jsonl.gz", rows)
+    data.run(data.Config(run=str(tmp_path / "run"), corpus=str(folder), max_tokens=30, vocab=100))
+    printed = capsys.readouterr().out
+    for line in ("1 labels named twice in one document", "1 training documents without text",
+                 "1 training documents without labels", "1 train texts cut to 30 tokens"):
+        assert f"dropped: {line}" in printed
+    assert len(data.load(tmp_path / "run").splits["train"]) == 2
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ('{"text": "a", "labels": ["nobody"]}', "line 2: label 'nobody' is not a name in labels.jsonl.gz"),
+        ('{"text": "a"}', "line 2: expected an object with text, labels"),
+        ('["a"]', "line 2: expected an object with text, labels"),
+        ('{"text": 7, "labels": []}', "line 2: text must be a string"),
+        ('{"text": "a", "labels": "label-0"}', "line 2: text must be a string and labels a list"),
+        ("not json", "line 2: no JSON"),
+    ],
+)
+def test_bad_lines_are_named(tmp_path, line, message):
+    import gzip
+
+    folder = make_corpus(tmp_path / "corpus")
+    with gzip.open(folder / "train.jsonl.gz", "wt") as file:
+        file.write('{"text": "a", "labels": ["label-0"]}\n' + line + "\n")
+    with pytest.raises(UserError, match="train.jsonl.gz") as error:
+        data.run(data.Config(run=str(tmp_path / "run"), corpus=str(folder)))
+    assert message in str(error.value)
+
+
+def test_artifacts_that_do_not_belong_together_are_refused(tmp_path, corpus):
+    run = str(tmp_path)
+    with pytest.raises(UserError, match="data.npz does not exist; run: python 01_data.py"):
+        stages.tree.run(stages.tree.Config(run=run))
+    data.run(data.Config(run=run, corpus=str(corpus), vocab=400))
+    stages.tree.run(stages.tree.Config(run=run))
+    data.run(data.Config(run=run, corpus=str(corpus), vocab=300))  # another vocabulary: the tree is out of date
+    with pytest.raises(UserError, match="tree.npz was made from a data.npz .* run: python 02_label_tree.py"):
+        stages.tree.load(run)
+    (tmp_path / "data.npz").write_bytes((tmp_path / "data.npz").read_bytes()[:5000])
+    with pytest.raises(UserError, match="data.npz cannot be read"):
+        data.load(run)
+
+
+def test_pickles_are_not_executed(tmp_path):
+    class Attack:
+        def __reduce__(self):
+            return (open, (str(tmp_path / "executed"), "w"))
+
+    np.savez(tmp_path / "data.npz", ids=np.array([Attack()], dtype=object), meta=np.array("{}"))
+    with pytest.raises(UserError):
+        data.load(tmp_path)
+    (tmp_path / "model.pt").write_bytes(pickle.dumps(Attack()))
+    with pytest.raises(UserError):
+        artifacts.load_pt(tmp_path / "model.pt")
+    assert not (tmp_path / "executed").exists()
+
+
+def test_a_failed_write_leaves_the_old_artifact(tmp_path, done):
+    path = tmp_path / "data.npz"
+    path.write_bytes((done / "data.npz").read_bytes())
+
+    class Unwritable:
+        def __array__(self, *args, **kwargs):
+            raise RuntimeError("no more disk")
+
+    with pytest.raises(RuntimeError):
+        artifacts.save_npz(path, data.Config(), {"ids": Unwritable()})
+    assert path.read_bytes() == (done / "data.npz").read_bytes()
+    assert [p.name for p in tmp_path.iterdir()] == ["data.npz"]
+
+
+@pytest.mark.parametrize("stage", sorted(p.name for p in ROOT.glob("0[1-5]_*.py")))
+def test_help_is_the_docstring_and_misspelt_flags_fail(stage):
+    shown = subprocess.run([sys.executable, stage, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+    assert "Reads " in shown and "Writes " in shown and "--seed" in shown and "--run" in shown
+    assert len((ROOT / stage).read_text().splitlines()) <= 300
+    failed = subprocess.run([sys.executable, stage, "--sed", "1"], cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 2 and "unrecognized arguments" in failed.stderr
+
+
+def test_the_shipped_corpus_is_what_its_readme_says():
+    folder = ROOT / "data" / "debian"
+    assert sum(path.stat().st_size for path in folder.glob("*.gz")) <= 6e6
+    names = [name for _, name in data.read_jsonl(folder / "labels.jsonl.gz", "name")]
+    rows = {split: [json.dumps(labels) for _, labels in data.read_jsonl(folder / f"{split}.jsonl.gz", "labels")]
+            for split in ("train", "val", "test")}
+    in_training = {label for row in rows["train"] for label in json.loads(row)}
+    assert set(names) == in_training and len(names) == len(set(names))
+    assert {split: len(part) for split, part in rows.items()} == {"train": 37887, "val": 4590, "test": 4642}
+
+
+def test_the_corpus_builder_drops_what_it_says():
+    sys.path.insert(0, str(ROOT / "data"))
+    import build_debian
+
+    def package(name, depends, source=None):
+        fields = {"Package": name, "Depends": depends, "Description-md5": name}
+        return fields | ({"Source": source} if source else {})
+
+    assert build_debian.dependencies(package("a", "b (>= 1) | c, d:any, a, e [amd64],")) == ["b", "d", "e"]
+    packages = [package(f"p{i}", "everywhere" + (", pair" if i < 3 else "") + (", lonely" if i in (5, 6) else ""),
+                        "one (1.0)" if i in (5, 6) else None) for i in range(100)]
+    said = []
+    rows = build_debian.build(packages, {f"p{i}": f"short {i}\n long\n .\n text" for i in range(100)}, said.append)
+    assert rows["labels"] == [{"name": "pair", "text": "pair"}]
+    documents = rows["train"] + rows["val"] + rows["test"]
+    assert sorted(row["text"] for row in documents) == [f"p{i}: short {i}. long text" for i in range(3)]
+    assert all(row["labels"] == ["pair"] for row in documents)
+    assert "97 documents with no label left dropped" in " ".join(said)

@@ -1,0 +1,127 @@
+"""Stage 5: every metric at every j against a slow reference, the yardsticks against dense brute force."""
+
+import json
+import math
+
+import numpy as np
+import pytest
+from conftest import stages
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import artifacts
+from artifacts import UserError
+
+evaluate = stages.eval
+
+
+def slow_metrics(predicted, true, weight, j):
+    """One document, one label at a time, in percent; `predicted` holds -1 where there is no label."""
+    sums = {"P": 0.0, "R": 0.0, "RP": 0.0, "nDCG": 0.0}
+    won = possible = documents = 0
+    for labels, mine in zip(predicted, true, strict=True):
+        if not mine:
+            continue
+        documents += 1
+        right = [int(label in mine) for label in labels[:j]]
+        sums["P"] += sum(right) / j
+        sums["R"] += sum(right) / len(mine)
+        sums["RP"] += sum(right) / min(j, len(mine))
+        sums["nDCG"] += sum(r / math.log2(i + 2) for i, r in enumerate(right)) / sum(
+            1 / math.log2(i + 2) for i in range(min(j, len(mine)))
+        )
+        won += sum(weight[label] for label, r in zip(labels[:j], right, strict=False) if r)
+        possible += sum(sorted((weight[label] for label in mine), reverse=True)[:j])
+    return {name: 100 * value / documents for name, value in sums.items()} | {"PSP": 100 * won / possible}
+
+
+@settings(max_examples=60, deadline=None)
+@given(n=st.integers(1, 8), n_labels=st.integers(3, 15), k=st.integers(1, 8), seed=st.integers(0, 9999))
+def test_metrics_equal_a_slow_reference(n, n_labels, k, seed):
+    rng = np.random.default_rng(seed)
+    true = [sorted(rng.choice(n_labels, rng.integers(0, n_labels), replace=False).tolist()) for _ in range(n)]
+    true[0] = true[0] or [0]
+    predicted = np.full((n, k), -1)
+    for row in predicted:  # some documents get fewer than k labels
+        m = rng.integers(0, min(k, n_labels) + 1)
+        row[:m] = rng.choice(n_labels, m, replace=False)
+    # Ties among the weights, and a label never seen in training.
+    count = rng.integers(0, 3, n_labels)
+    weight = evaluate.inverse_propensity(count, 100)
+    split = stages.data.Split(None, np.arange(n + 1), np.array(sum(true, []), np.int32),
+                              np.cumsum([0] + [len(row) for row in true]))
+    result = evaluate.metrics(predicted, split, weight)
+    for j in range(1, k + 1):
+        for name, value in slow_metrics(predicted.tolist(), true, weight, j).items():
+            assert result[name][j - 1] == pytest.approx(value), (name, j)
+
+
+def test_hits_equal_a_loop():
+    rng = np.random.default_rng(1)
+    true = [sorted(rng.choice(30, rng.integers(0, 6), replace=False).tolist()) for _ in range(50)]
+    ends = np.cumsum([0] + [len(row) for row in true])
+    split = stages.data.Split(None, np.arange(51), np.array(sum(true, []), np.int32), ends)
+    predicted = rng.integers(-1, 40, (50, 7))
+    assert stages.train.hits(predicted, split).tolist() == [
+        [label in mine for label in row] for row, mine in zip(predicted.tolist(), true, strict=True)
+    ]
+
+
+def test_propensity_is_the_published_formula():
+    weight = evaluate.inverse_propensity(np.array([0, 10]), 1000, 0.55, 1.5)
+    c = (math.log(1000) - 1) * 2.5**0.55
+    assert weight.tolist() == pytest.approx([1 + c * math.exp(-0.55 * math.log(n + 1.5)) for n in (0, 10)])
+
+
+def test_neighbours_and_frequent_labels_equal_brute_force(done):
+    loaded = stages.data.load(done)
+    train, test, n_labels = loaded.splits["train"], loaded.splits["test"], len(loaded.names)
+    X, idf = stages.tree.tfidf(train, None, loaded.meta["vocab_size"])
+    Q, _ = stages.tree.tfidf(test, idf, loaded.meta["vocab_size"])
+    cosine, Y = (Q @ X.T).toarray(), train.label_matrix(n_labels).toarray()
+    found = evaluate.nearest_neighbours(train, test, loaded.meta["vocab_size"], n_labels, 5, neighbours=3)
+    for i in range(len(test)):
+        votes = sum(cosine[i, j] * Y[j] for j in np.argsort(-cosine[i])[:3])
+        labels = found[i][found[i] >= 0]
+        expected = np.sort(votes[votes > 0])[::-1][:5]
+        np.testing.assert_allclose(votes[labels], expected, rtol=1e-5)
+        assert len(set(labels)) == len(labels)
+    count = Y.sum(0)
+    assert sorted(count[evaluate.most_frequent(train, 2, n_labels, 4)[1]]) == sorted(np.sort(count)[-4:])
+
+
+def test_predictions_are_a_descending_list_of_labels_in_corpus_order(done):
+    arrays, meta = artifacts.load_npz(done / "predictions.npz")
+    labels, scores = arrays["labels"], arrays["scores"]
+    loaded = stages.data.load(done)
+    assert labels.shape == scores.shape == (60, 20) and labels.dtype == np.int32 and scores.dtype == np.float32
+    assert (np.diff(scores, axis=1) <= 0).all() and ((scores > 0) == (labels >= 0)).all()
+    assert all(len(set(row[row >= 0])) == (row >= 0).sum() for row in labels)
+    # Document by document, without length sorting, the model says the same.
+    model, config, ranking = stages.train.load(done, loaded)
+    assert ranking == meta["ranking"]
+    for i in (0, 7, 59):
+        alone, _ = model.eval().predict(loaded.batch("test", np.array([i]), config.max_len), 20, ranking)
+        assert alone[0, :3].tolist() == labels[i, :3].tolist()
+
+
+def test_report_and_exact_ranking(done, capsys):
+    stages.eval.run(stages.eval.Config(run=str(done), k=20, exact=True, show=1))
+    printed = capsys.readouterr().out
+    for text in ("20 nearest neighbours", "most frequent labels", "p(label) p(cluster)", "shortlist recall",
+                 "same top 5", "1 of them without labels", "true: label-"):
+        assert text in printed
+    table = [line for line in printed.splitlines() if line.startswith(("cascade", "every label, p", "20 near"))]
+    assert len(table) == 5 and all(len(line.split()) >= 12 for line in table)
+    assert "R@100" in printed and table[0].endswith("-")  # 20 labels predicted: no R@100
+    stages.eval.run(stages.eval.Config(run=str(done), k=20))  # as the fixture left it
+    with pytest.raises(UserError, match="--split dev"):
+        stages.eval.run(stages.eval.Config(run=str(done), split="dev"))
+
+
+def test_log_holds_what_training_printed(done):
+    records = [json.loads(line) for line in (done / "log.jsonl").read_text().splitlines()]
+    epochs = [r for r in records if "validation" in r]
+    assert [r["epoch"] for r in epochs] == [1, 2] and set(epochs[0]["validation"]["P"]) == set(stages.model.RANKINGS)
+    steps = [r for r in records if "loss" in r]
+    assert all(len(r["loss"]) == 2 and r["lr"] > 0 for r in steps) and steps[-1]["step"] == 2 * 19
