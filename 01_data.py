@@ -212,7 +212,7 @@ def run(config: Config) -> None:
     corpus, out = Path(config.corpus), Path(config.run)
     for name in ("train", "test", "labels"):
         if not (corpus / f"{name}.jsonl.gz").exists():
-            raise UserError(f"{corpus / name}.jsonl.gz does not exist; --corpus is a folder with train, test and labels")
+            raise UserError(f"{corpus / name}.jsonl.gz does not exist; --corpus names a folder with them")
     drops = Drops()
     names, label_texts = [], []
     for _, name, text in read_jsonl(corpus / "labels.jsonl.gz", "name", "text"):

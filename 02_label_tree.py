@@ -99,9 +99,9 @@ def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations
     Z (L, V) rows at length 1; order (L,) rows in tree order; node m holds order[bounds[m]:bounds[m+1]].
 
     With its columns indexed by (node, feature) pairs, Z becomes a block matrix: a sum over the rows of each node is
-    then one product, and so are the scores of all rows against their own node's centroids. In CSC, entries of a column are
-    sorted by row, rows are in tree order, so a column's entries already stand together by node: making the pairs needs
-    nothing but a new index pointer.
+    then one product, and so are the scores of all rows against their own node's centroids. In CSC, entries of a column
+    are sorted by row, rows are in tree order, so a column's entries already stand together by node: making the pairs
+    needs nothing but a new index pointer.
     """
     sizes = np.diff(bounds)
     node_L = np.repeat(np.arange(len(sizes)), sizes)

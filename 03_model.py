@@ -190,7 +190,7 @@ class Cascade(nn.Module):
         kind, dtype = batch.ids_BT.device.type, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
         with torch.autocast(kind, dtype, enabled=dtype is not None):
             pooled = self.encoder(batch.ids_BT, batch.mask_BT, {layer for group in self.layers for layer in group})
-        return [join(torch.cat([pooled[layer] for layer in group], dim=1).float())
+        return [join(torch.cat([pooled[layer] for layer in group], dim=1).to(self.heads[0].weight.dtype))
                 for group, join in zip(self.layers, self.join, strict=True)]
 
     def descend(self, features: list[Tensor], batch: "data_stage.Batch", teacher: bool) -> Iterator[Level]:

@@ -16,7 +16,7 @@ device, checkpoints within an epoch.
 import json
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
 
-from artifacts import UserError, flag, load_pt, main, save_pt, settle
+from artifacts import UserError, flag, load_pt, main, save_pt, settings, settle
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -118,7 +118,7 @@ def validate(model: "model_stage.Cascade", data: "data_stage.Data", config: Conf
     found = over_split(model, data, "val", config.max_len, 2 * config.batch_size,
                        lambda batch: predict_rankings(model, batch, 5))
     split = data.splits["val"]
-    labelled = max(1, np.count_nonzero(np.diff(split.label_offsets)))
+    labelled = max(1, int(np.count_nonzero(np.diff(split.label_offsets))))
     precision = {}
     for name in model_stage.RANKINGS:
         right = hits(found[f"labels {name}"], split).sum(axis=0).cumsum()
@@ -150,10 +150,10 @@ def choose_amp(model: "model_stage.Cascade", batch: "data_stage.Batch") -> str:
 
 def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[[dict], None],
         after_epoch: Callable[[int, dict], None] = lambda epoch, state: None, state: dict | None = None) -> None:
-    """Train any module with loss(batch) -> (losses (levels,), surplus) and param_groups(lr, lr_encoder).
+    """Train any module with loss(batch) -> (losses (levels,), surplus ()) and param_groups(lr, lr_encoder).
 
-    `after_epoch(epochs done, state)` gets everything that has to be saved to go on; given back as `state`, training goes
-    on as if it had never stopped. ValueError when the loss is no longer finite.
+    `log` gets a record per interval. `after_epoch(epochs done, state)` gets what has to be saved to go on; given back
+    as `state`, training goes on as if it had never stopped. UserError when the loss is no longer finite.
     """
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.param_groups(config.lr, config.lr_encoder), fused=True, betas=(0.9, 0.99))
@@ -174,14 +174,13 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
     step = epochs_done * per_epoch
     for epoch in range(epochs_done, config.epochs):
         model.train()
-        sums, documents, seen, start = 0.0, 0, 0, time.perf_counter()
+        sums, seen, start = 0.0, 0, time.perf_counter()
         for i, batch in enumerate(batches(epoch)):
             losses, surplus = model.loss(batch.to(device))
-            share = min(config.accumulate, len(batches) - i // config.accumulate * config.accumulate)
-            scaler.scale(losses.sum() / share).backward()
-            # One tensor gathers what the progress line needs; nothing waits for the device before it is printed.
-            sums = sums + torch.cat([losses.detach(), surplus.view(1)])
-            documents, seen = documents + len(batch.ids_BT), seen + 1
+            together = min(config.accumulate, len(batches) - i // config.accumulate * config.accumulate)
+            scaler.scale(losses.sum() / together).backward()
+            # What the progress line needs is gathered on the device: no step waits for it before the line is printed.
+            sums, seen = sums + torch.cat([losses.detach(), surplus.view(1)]), seen + 1
             if (i + 1) % config.accumulate and i + 1 < len(batches):
                 continue
             for group, lr in zip(optimizer.param_groups, peak_lr, strict=True):
@@ -192,22 +191,16 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
             scaler.update()
             optimizer.zero_grad()
             step += 1
-            if step % interval and step % per_epoch:
-                continue
-            *losses, surplus = sums.tolist()
-            losses = [loss / seen for loss in losses]
-            if not np.isfinite(losses).all():
-                raise UserError(f"loss per level {losses} at step {step}, learning rate {optimizer.param_groups[-1]['lr']:.1e}; "
-                                f"lower --lr or --lr-encoder; {config.run}/model.pt holds the best epoch so far")
-            rate = documents / (time.perf_counter() - start)
-            left = (total - step) * config.batch_size * config.accumulate / rate
-            lr = optimizer.param_groups[-1]["lr"]
-            log({"epoch": epoch + 1, "step": step, "loss": losses, "surplus": int(surplus), "lr": lr,
-                 "grad_norm": float(norm), "documents_per_s": rate})
-            print(f"epoch {epoch + 1}/{config.epochs} step {step}/{total}  loss {' '.join(f'{loss:.2f}' for loss in losses)}"
-                  f"  lr {lr:.1e}  {rate:,.0f} documents/s  {left / 60:.1f} min left"
-                  + (f"  {int(surplus)} positive nodes beyond k" if surplus else ""), flush=True)
-            sums, documents, seen, start = 0.0, 0, 0, time.perf_counter()
+            if step % interval == 0 or step % per_epoch == 0:
+                *losses, surplus = sums.tolist()
+                record = {"epoch": epoch + 1, "step": step, "loss": [loss / seen for loss in losses],
+                          "surplus": int(surplus), "lr": peak_lr[-1] * lr_scale(step - 1, total, warmup),
+                          "grad_norm": float(norm), "batches_per_s": seen / (time.perf_counter() - start)}
+                log(record | {"total": total})
+                if not np.isfinite(record["loss"]).all():
+                    raise UserError(f"the loss is no longer finite (step {step}): lower --lr or --lr-encoder; "
+                                    f"{config.run}/model.pt holds the best epoch so far")
+                sums, seen, start = 0.0, 0, time.perf_counter()
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                  "epochs_done": epoch + 1, "random": torch.get_rng_state()}
         if device.type == "cuda":
@@ -215,10 +208,20 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
         after_epoch(epoch + 1, state)
 
 
+def progress(record: dict, config: Config) -> str:
+    """The line that a person reads for a record of `fit`."""
+    rate = record["batches_per_s"]
+    left = (record["total"] - record["step"]) * config.accumulate / rate
+    return (f"epoch {record['epoch']}/{config.epochs} step {record['step']}/{record['total']}"
+            f"  loss {' '.join(f'{loss:.2f}' for loss in record['loss'])}  lr {record['lr']:.1e}"
+            f"  {rate * config.batch_size:,.0f} documents/s  {left / 60:.1f} min left"
+            + (f"  ({record['surplus']} positive nodes beyond k)" if record["surplus"] else ""))
+
+
 def load(folder: str | Path, data: "data_stage.Data") -> tuple["model_stage.Cascade", Config, str]:
     """(model, its settings, the ranking chosen on validation) from RUN/model.pt; needs no hub."""
     content, _ = load_pt(Path(folder) / "model.pt")
-    config = Config(**content["config"])
+    config = Config(run=str(folder), **content["config"])
     encoder = dict(content["encoder"])
     backbone = AutoModel.from_config(AutoConfig.for_model(encoder.pop("model_type"), **encoder))
     model = model_stage.build(data, tree_stage.load(folder), config, backbone)
@@ -237,12 +240,11 @@ def run(config: Config) -> None:
     state = None
     if config.resume:
         state, _ = load_pt(out / "checkpoint.pt")
-        before = state["config"]
-        config = replace(config, amp=before["amp"] if config.amp == "auto" else config.amp)
-        for key, value in before.items():
-            if key not in ("run", "resume") and getattr(config, key) != value:
-                raise UserError(f"--resume: {out}/checkpoint.pt was made with {key}={value}, not {getattr(config, key)}; "
-                                "give the same settings, or start over without --resume")
+        config = replace(config, amp=state["config"]["amp"] if config.amp == "auto" else config.amp)
+        for key, before in state["config"].items():
+            if getattr(config, key) != before:
+                raise UserError(f"--resume: {out}/checkpoint.pt was made with {key}={before}, not "
+                                f"{getattr(config, key)}; give the same settings, or start over without --resume")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model_stage.build(data, tree, config).to(device)
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
@@ -250,29 +252,31 @@ def run(config: Config) -> None:
         config = replace(config, amp=choose_amp(model, next(batches(0)).to(device)))
     model.amp = config.amp
     torch.manual_seed(config.seed)
-    print("settings: " + ", ".join(f"{key}={value}" for key, value in asdict(config).items()))
+    print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()))
     best = state["best"] if state else -1.0
-    log_file = open(out / "log.jsonl", "a" if config.resume else "w")  # noqa: SIM115
 
-    def log(record: dict) -> None:
-        log_file.write(json.dumps(record) + "\n")
-        log_file.flush()
+    with open(out / "log.jsonl", "a" if config.resume else "w") as log_file:
 
-    def after_epoch(epoch: int, state: dict) -> None:
-        nonlocal best
-        result = validate(model, data, config)
-        ranking = max(result["P"], key=lambda name: sum(result["P"][name]))
-        log({"epoch": epoch, "validation": result, "ranking": ranking})
-        print(f"epoch {epoch} validation P@1/3/5 " + "/".join(f"{p:.1f}" for p in result["P"][ranking])
-              + f" ranked by {ranking}; shortlist recall " + " ".join(f"{r:.1f}" for r in result["recall"]), flush=True)
-        shared = {"config": asdict(config)}
-        if sum(result["P"][ranking]) > best:
-            best = sum(result["P"][ranking])
-            save_pt(out / "model.pt", config, {**shared, "model": state["model"], "ranking": ranking,
-                    "encoder": model.encoder.backbone.config.to_dict()}, made_from=("data.npz", "tree.npz"))
-        save_pt(out / "checkpoint.pt", config, {**shared, **state, "best": best}, made_from=("data.npz", "tree.npz"))
+        def log(record: dict) -> None:
+            log_file.write(json.dumps(record) + "\n")
+            log_file.flush()
+            if "loss" in record:
+                print(progress(record, config), flush=True)
 
-    with log_file:
+        def after_epoch(epoch: int, state: dict) -> None:
+            nonlocal best
+            result = validate(model, data, config)
+            ranking = max(result["P"], key=lambda name: sum(result["P"][name]))
+            log({"epoch": epoch, "validation": result, "ranking": ranking})
+            print(f"epoch {epoch} validation P@1/3/5 {'/'.join(f'{p:.1f}' for p in result['P'][ranking])} ranked by "
+                  f"{ranking}; shortlist recall {' '.join(f'{r:.1f}' for r in result['recall'])}", flush=True)
+            inputs, content = ("data.npz", "tree.npz"), {"config": settings(config), "ranking": ranking}
+            if sum(result["P"][ranking]) > best:
+                best = sum(result["P"][ranking])
+                encoder = model.encoder.backbone.config.to_dict()
+                save_pt(out / "model.pt", config, {**content, "model": state["model"], "encoder": encoder}, inputs)
+            save_pt(out / "checkpoint.pt", config, {**content, **state, "best": best}, inputs)
+
         fit(model, batches, config, log, after_epoch, state)
 
 

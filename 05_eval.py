@@ -60,7 +60,8 @@ def metrics(labels_Nk: np.ndarray, split: "data_stage.Split", weight_L: np.ndarr
 
     P@j: right ones among the first j, over j. R@j: over the document's labels. RP@j: over the smaller of the two.
     nDCG@j: right ones discounted by log2(rank + 1), over the best possible. PSP@j: right ones weighted by `weight_L`,
-    summed over all documents, over the best possible sum, as in the XMC repository. Documents without labels are left out.
+    summed over all documents, over the best possible sum, as in the XMC repository. Documents without labels are left
+    out.
     """
     n_N = np.diff(split.label_offsets)
     has = n_N > 0
@@ -181,7 +182,8 @@ def run(config: Config) -> None:
     print(f"beam: {beam_rate:,.0f} documents per second")
     if config.exact:
         print(f"every label: {exact_rate:,.0f} documents per second; same top 5 for {100 * same:.2f}% of the documents")
-    show(config, data, labels, np.exp(scores))
+    if config.show:
+        show(config, data, labels, np.exp(scores))
 
 
 def show(config: Config, data: "data_stage.Data", labels: np.ndarray, scores: np.ndarray) -> None:

@@ -58,6 +58,11 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None) -> Any:
     return config_class(**vars(parser.parse_args(argv)))
 
 
+def settings(config: Any) -> dict:
+    """What decides the result: all but where the run lies and whether it goes on."""
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in ("run", "resume")}
+
+
 def settle(config: Any, recipes: dict[str, dict], encoder: str) -> Any:
     """The settings, with those left open (None) taken from the recipe for 'tiny' or for 'pretrained' encoders."""
     recipe = recipes["tiny" if encoder == "tiny" else "pretrained"]
@@ -101,10 +106,9 @@ def _write_whole(path: Path, write: Callable[[Any], None]) -> None:
 
 
 def _meta(path: Path, config: Any, made_from: tuple[str, ...], extra: dict) -> dict:
-    settings = {key: value for key, value in dataclasses.asdict(config).items() if key not in ("run", "resume")}
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np, scipy)}
     inputs = {name: sha256(path.parent / name) for name in made_from}
-    return {"format": FORMAT, "stage": MADE_BY[path.name], "config": settings, "versions": versions,
+    return {"format": FORMAT, "stage": MADE_BY[path.name], "config": settings(config), "versions": versions,
             "made_from": inputs, **extra}
 
 

@@ -1,0 +1,282 @@
+"""Stage 3: index arithmetic, loss and gradients against dense brute force; every encoder family; the full beam."""
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import stages
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from artifacts import UserError
+
+model_stage = stages.model
+COUNTS = [1, 4, 16, 48]  # root, two cluster levels, slots: fans 4, 4, 3
+
+
+def make_tree(seed=0, n_labels=43):
+    """43 labels in 48 slots, laid out at random: five slots at the ends of clusters are empty."""
+    sizes = np.full(16, 3)
+    sizes[np.random.default_rng(seed).permutation(16)[: 48 - n_labels]] = 2
+    bounds = np.concatenate([[0], np.cumsum(sizes)])
+    order = np.random.default_rng(seed).permutation(n_labels)
+    return stages.tree.Tree(stages.tree.lay_out(order, bounds), [4, 16])
+
+
+def make_model(topk=(2, 5), seed=0, layers=((0,), (1,), (1,)), width=16):
+    torch.manual_seed(seed)
+    config = transformers.BertConfig(vocab_size=50, hidden_size=width, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=16, hidden_dropout_prob=0, attention_probs_dropout_prob=0)
+    encoder = model_stage.Encoder(transformers.BertModel(config), "mean", 32)
+    model = model_stage.Cascade(encoder, make_tree(seed), list(topk), [list(group) for group in layers])
+    for head in model.heads:
+        torch.nn.init.normal_(head.weight)
+        torch.nn.init.normal_(head.bias)
+    return model.eval()
+
+
+def make_batch(seed=0, n=6, labels=None, n_labels=43):
+    rng = np.random.default_rng(seed)
+    ids = torch.from_numpy(rng.integers(5, 50, (n, 7)))
+    mask = torch.from_numpy((np.arange(7) < rng.integers(2, 8, n)[:, None]).astype(np.int64))
+    if labels is None:  # the last document has none
+        labels = [sorted(rng.choice(n_labels, rng.integers(1, 5), replace=False)) for _ in range(n - 1)] + [[]]
+    doc = torch.tensor([i for i, row in enumerate(labels) for _ in row], dtype=torch.int64)
+    label = torch.tensor([int(x) for row in labels for x in row], dtype=torch.int64)
+    return stages.data.Batch(ids * mask, mask, doc, label), labels
+
+
+def positive_nodes(model, labels, n_nodes):
+    """[{nodes above a positive label}] by walking over the slots."""
+    slots = model.slot_to_label.tolist()
+    return [{slots.index(label) * n_nodes // len(slots) for label in row} for row in labels]
+
+
+@settings(max_examples=40, deadline=None)
+@given(n_parents=st.integers(1, 9), fan=st.integers(1, 4), k=st.integers(1, 9), seed=st.integers(0, 999))
+def test_targets_and_shortlist_equal_brute_force(n_parents, fan, k, seed):
+    rng = np.random.default_rng(seed)
+    k = min(k, n_parents)
+    parents = np.stack([rng.permutation(n_parents)[:k] for _ in range(3)])
+    positive = [set(rng.choice(n_parents * fan, rng.integers(0, n_parents * fan + 1), replace=False)) for _ in range(3)]
+    pairs = [(b, node) for b in range(3) for node in positive[b] for _ in range(2)]  # a node may come twice
+    doc, node = (torch.tensor([pair[i] for pair in pairs], dtype=torch.int64) for i in (0, 1))
+    targets = model_stage.match(node, doc, torch.from_numpy(parents), n_parents, fan)
+    candidates = model_stage.expand(torch.from_numpy(parents), fan)
+    for b in range(3):
+        children = [p * fan + i for p in parents[b] for i in range(fan)]
+        assert candidates[b].tolist() == children
+        assert targets[b].flatten().tolist() == [float(child in positive[b]) for child in children]
+    logits = torch.from_numpy(rng.normal(size=(3, k, fan)))
+    m = min(3, k * fan)
+    for teacher in (None, targets):
+        picked = model_stage.shortlist(logits, teacher, m)
+        score = logits.sigmoid().flatten(1) + (0 if teacher is None else teacher.flatten(1))
+        for b in range(3):
+            best = sorted(range(k * fan), key=lambda c: -float(score[b, c]))[:m]  # noqa: B023
+            assert sorted(picked[b].tolist()) == sorted(best)
+
+
+def test_a_gather_and_a_product_give_the_same_logits():
+    head = model_stage.Head(8, 3, 16)
+    torch.nn.init.normal_(head.weight)
+    x, clusters = torch.randn(2, 16), torch.tensor([[1, 7], [3, 0]])
+    gathered, product = head(x, clusters), head(x, clusters.repeat(1, 2))
+    everything = head(x)
+    assert clusters.numel() < 8 <= clusters.repeat(1, 2).numel()
+    torch.testing.assert_close(gathered, product[:, :2])
+    for b in range(2):
+        torch.testing.assert_close(gathered[b], everything[b, clusters[b]])
+        torch.testing.assert_close(gathered[b], head.weight[clusters[b]] @ x[b] + head.bias[clusters[b]])
+
+
+def dense_loss(model, batch, labels):
+    """One-vs-all over all nodes of every level, masked by sets: candidates are chosen one document at a time."""
+    features, total = model.features(batch), []
+    for t, head in enumerate(model.heads):
+        logits = features[t] @ head.weight.flatten(0, 1).T + head.bias.flatten()
+        positive = positive_nodes(model, labels, COUNTS[t + 1])
+        if t == 0:
+            chosen = [{0}] * len(labels)
+        fan, loss, kept = COUNTS[t + 1] // COUNTS[t], 0.0, []
+        for b in range(len(labels)):
+            candidates = [c * fan + i for c in sorted(chosen[b]) for i in range(fan)]
+            for node in candidates:
+                if t < 2 or model.slot_to_label[node] >= 0:
+                    y = logits.new_tensor(float(node in positive[b]))
+                    loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(logits[b, node], y)
+            if t < 2:
+                key = {node: float(logits[b, node].detach().sigmoid()) + (node in positive[b]) for node in candidates}
+                kept.append(set(sorted(candidates, key=lambda node: -key[node])[: model.topk[t]]))  # noqa: B023
+        chosen = kept
+        total.append(loss / len(labels))
+    return torch.stack(total)
+
+
+@pytest.mark.parametrize("topk", [(2, 5), (1, 2), (4, 16)])
+def test_loss_and_gradients_equal_a_dense_masked_one_vs_all(topk):
+    model = make_model(topk).double()
+    batch, labels = make_batch()
+    losses, _ = model.loss(batch)
+    expected = dense_loss(model, batch, labels)
+    torch.testing.assert_close(losses, expected)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    for ours, theirs in zip(torch.autograd.grad(losses.sum(), parameters, allow_unused=True),
+                            torch.autograd.grad(expected.sum(), parameters, allow_unused=True), strict=True):
+        assert (ours is None) == (theirs is None)
+        if ours is not None:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_positives_are_always_among_the_candidates_unless_they_exceed_k():
+    model = make_model((4, 8))
+    batch, labels = make_batch()
+    for level, count in zip(model.descend(model.features(batch), batch, teacher=True), COUNTS[1:], strict=True):
+        assert level.targets_BKF.sum((1, 2)).tolist() == [len(nodes) for nodes in positive_nodes(model, labels, count)]
+    assert model.loss(batch)[1] == 0
+    model = make_model((1, 2))
+    many, labels = make_batch(labels=[[0, 1, 2, 3, 4, 5, 6, 7]] + [[]] * 5)
+    first = len(positive_nodes(model, labels, 4)[0])
+    second = next(level for t, level in enumerate(model.descend(model.features(many), many, True)) if t == 1)
+    assert model.loss(many)[1] == first - 1 + max(0, int(second.targets_BKF.sum()) - 2) > 0
+
+
+def test_the_full_beam_equals_scoring_every_label():
+    model, (batch, _) = make_model((4, 16)), make_batch()
+    for ranking in model_stage.RANKINGS:
+        for chunk in (3, 16, 100):
+            exact = model.predict_exact(batch, 43, ranking, chunk)
+            beam = model.predict(batch, 43, ranking)
+            assert torch.equal(exact[0], beam[0])
+            torch.testing.assert_close(exact[1], beam[1])
+    # And both equal a dense product of everything.
+    features = model.features(batch)
+    logits = features[2] @ model.heads[2].weight.flatten(0, 1).T + model.heads[2].bias.flatten()
+    best = logits.masked_fill(model.slot_to_label < 0, -torch.inf).argmax(1)
+    assert torch.equal(model.predict(batch, 1, "label")[0][:, 0], model.slot_to_label[best])
+
+
+def test_rankings_are_products_along_the_path():
+    model, (batch, _) = make_model((4, 16)), make_batch()
+    labels, scores, kept = model.beam(batch)
+    features = model.features(batch)
+    logp = [torch.nn.functional.logsigmoid(x @ h.weight.flatten(0, 1).T + h.bias.flatten())
+            for x, h in zip(features, model.heads, strict=True)]
+    assert [k.shape[1] for k in kept] == [4, 16]
+    for b in range(3):
+        for place, label in enumerate(labels[b].tolist()):
+            if label < 0:
+                assert scores["path"][b, place] == -torch.inf
+                continue
+            slot = int(model.label_to_slot[label])
+            parts = [logp[2][b, slot], logp[1][b, slot // 3], logp[0][b, slot // 12]]
+            for ranking, n in (("label", 1), ("parent", 2), ("path", 3)):
+                torch.testing.assert_close(scores[ranking][b, place], sum(parts[:n]))
+
+
+def test_empty_slots_get_no_gradient_and_are_never_predicted():
+    model, (batch, _) = make_model((4, 16)), make_batch()
+    with torch.no_grad():
+        model.heads[2].bias.flatten()[model.slot_to_label < 0] = 100.0
+    losses, _ = model.loss(batch)
+    assert torch.isfinite(losses).all()
+    losses.sum().backward()
+    empty = model.slot_to_label < 0
+    assert empty.sum() == 5
+    assert (model.heads[2].weight.grad.flatten(0, 1)[empty] == 0).all()
+    assert (model.heads[2].bias.grad.flatten()[empty] == 0).all()
+    assert (model.heads[2].bias.grad.flatten()[~empty] != 0).all()
+    for labels, scores in (model.predict(batch, 48), model.predict_exact(batch, 48, "path")):
+        assert (labels[:, :43] >= 0).all() and (labels[:, 43:] == -1).all()
+        assert (scores[:, 43:] == -torch.inf).all()
+        assert all(sorted(row) == list(range(43)) for row in labels[:, :43].tolist())
+
+
+def test_a_batch_without_any_labels_trains():
+    model, (batch, _) = make_model(), make_batch(labels=[[]] * 6)
+    losses, surplus = model.loss(batch)
+    losses.sum().backward()
+    assert torch.isfinite(losses).all() and surplus == 0 and model.heads[0].weight.grad.abs().sum() > 0
+
+
+def test_one_batch_is_learnt_by_heart():
+    model, (batch, labels) = make_model((2, 8)).train(), make_batch(labels=[[0, 7], [1], [2, 30, 41], [3], [4], [5]])
+    optimizer = torch.optim.AdamW(model.param_groups(1e-2, 1e-2))
+    for _ in range(150):
+        optimizer.zero_grad()
+        model.loss(batch)[0].sum().backward()
+        optimizer.step()
+    for ranking in model_stage.RANKINGS:
+        predicted, _ = model.eval().predict(batch, 3, ranking)
+        for row, mine in zip(predicted.tolist(), labels, strict=True):
+            assert set(row[: len(mine)]) == set(mine)
+
+
+FAMILIES = {
+    "BERT": transformers.BertConfig,
+    "RoBERTa": transformers.RobertaConfig,
+    "DistilBERT": transformers.DistilBertConfig,
+    "MPNet": transformers.MPNetConfig,
+    "DeBERTa-v2": transformers.DebertaV2Config,
+    "ModernBERT": transformers.ModernBertConfig,
+    "ELECTRA": transformers.ElectraConfig,
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("pooling", ["first", "mean"])
+def test_encoders_of_every_family(family, pooling):
+    sizes = {"vocab_size": 60, "hidden_size": 16, "num_hidden_layers": 3, "num_attention_heads": 2,
+             "intermediate_size": 32, "max_position_embeddings": 40, "pad_token_id": 1}
+    if family == "DistilBERT":
+        sizes = {"vocab_size": 60, "dim": 16, "n_layers": 3, "n_heads": 2, "hidden_dim": 32,
+                 "max_position_embeddings": 40, "pad_token_id": 1}
+    torch.manual_seed(0)
+    backbone = transformers.AutoModel.from_config(FAMILIES[family](**sizes)).eval()
+    encoder = model_stage.Encoder(backbone, pooling, 30)
+    ids = torch.randint(5, 60, (3, 12))
+    mask = (torch.arange(12) < torch.tensor([[12], [5], [8]])).long()
+    features = encoder(torch.where(mask > 0, ids, 1), mask, {0, 1, 3})
+    assert set(features) == {0, 1, 3} and all(x.shape == (3, 16) for x in features.values())
+    # A document says the same alone, without padding; and the family's own call gives the hidden state that is read.
+    alone = encoder(ids[1:2, :5], mask[1:2, :5], {3})[3]
+    torch.testing.assert_close(features[3][1:2], alone, atol=1e-5, rtol=1e-4)
+    last = backbone(input_ids=ids[1:2, :5], attention_mask=mask[1:2, :5]).last_hidden_state[0]
+    torch.testing.assert_close(alone[0], last[0] if pooling == "first" else last.mean(0), atol=1e-5, rtol=1e-4)
+    model = model_stage.Cascade(encoder, make_tree(), [2, 5], model_stage.choose_layers(3, 3))
+    torch.nn.init.normal_(model.heads[2].weight)  # at 0, as they start, heads hand nothing down
+    batch, _ = make_batch()
+    model.loss(batch)[0].sum().backward()
+    assert backbone.get_input_embeddings().weight.grad.abs().sum() > 0
+    with pytest.raises(UserError, match="--max-len 41"):
+        model_stage.Encoder(backbone, pooling, 41)
+
+
+def test_positions_start_behind_the_padding_id_in_roberta():
+    config = transformers.RobertaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
+                                        intermediate_size=16, max_position_embeddings=40, pad_token_id=1)
+    backbone = transformers.RobertaModel(config)
+    model_stage.Encoder(backbone, "first", 38)(torch.full((1, 38), 7), torch.ones(1, 38, dtype=torch.int64), {1})
+    with pytest.raises(UserError, match="--max-len 39"):
+        model_stage.Encoder(backbone, "first", 39)
+
+
+@pytest.mark.parametrize(
+    ("depth", "levels", "expected"),
+    [(12, 4, [[5, 6], [8], [10], [12]]), (12, 3, [[7, 8], [10], [12]]), (6, 3, [[3, 4], [5], [6]]),
+     (24, 3, [[15, 16], [20], [24]]), (2, 3, [[1], [2], [2]]), (1, 3, [[1], [1], [1]]), (1, 2, [[1], [1]])],
+)
+def test_layers_are_spaced_as_published(depth, levels, expected):
+    assert model_stage.choose_layers(depth, levels) == expected
+
+
+@pytest.mark.parametrize(("topk", "message"), [((5, 5), "candidates"), ((1, 5), "candidates"), ((2,), "levels"),
+                                               ((2, 0), "candidates")])
+def test_a_shortlist_longer_than_its_candidates_is_refused(topk, message):
+    with pytest.raises(UserError, match=message):
+        make_model(topk)
+
+
+def test_layers_that_the_encoder_does_not_have_are_refused():
+    with pytest.raises(UserError, match="hidden states between 0 and 1"):
+        make_model(layers=((1,), (1,), (2,)))

@@ -1,0 +1,181 @@
+"""Stage 4: batches, schedule, accumulation; going on after an interruption; the same seed, the same bytes."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import SMALL, stages
+
+import artifacts
+from artifacts import UserError
+
+train = stages.train
+
+
+def config_of(run, **changes):
+    return train.Config(run=str(run), **{**SMALL, **changes})
+
+
+def test_every_document_comes_once_an_epoch_with_hardly_any_padding():
+    rng = np.random.default_rng(0)
+    length = np.minimum(rng.geometric(0.02, 20000), 128)
+    split = stages.data.Split(None, np.concatenate([[0], np.cumsum(length)]), None, None)
+    batches = train.Batches(stages.data.Data({"train": split}, [], {}), 64, 128, 0)
+    epochs = [batches.rows(epoch) for epoch in (0, 1, 0)]
+    for rows in epochs:
+        assert len(rows) == len(batches) == 313 and sorted(np.concatenate(rows)) == list(range(20000))
+        assert sum(length[row].sum() for row in rows) / sum(length[row].max() * len(row) for row in rows) > 0.97
+    assert all(np.array_equal(a, b) for a, b in zip(epochs[0], epochs[2], strict=True))
+    assert not all(np.array_equal(a, b) for a, b in zip(epochs[0], epochs[1], strict=True))
+
+
+def test_learning_rate_rises_stays_and_falls():
+    scales = [train.lr_scale(step, 100, 10) for step in range(100)]
+    assert scales[:10] == pytest.approx([0.1 * (i + 1) for i in range(10)])
+    assert set(scales[10:80]) == {1.0}
+    assert scales[80:] == pytest.approx([1 - i / 20 for i in range(20)])
+
+
+def test_two_accumulated_halves_make_one_batch(done):
+    loaded = stages.data.load(done)
+    results = []
+    for size, accumulate in ((32, 1), (16, 2)):
+        config = stages.train.settle(config_of(done, batch_size=size, accumulate=accumulate, epochs=1),
+                                     train.RECIPES, "tiny")
+        config = stages.train.settle(config, stages.model.RECIPES, "tiny")
+        model = stages.model.build(loaded, stages.tree.load(done), config)
+        model.dropout = torch.nn.ModuleList(torch.nn.Identity() for _ in model.heads)
+        whole = loaded.batch("train", np.arange(32), 32)
+        halves = [loaded.batch("train", np.arange(32)[i : i + 16], 32) for i in (0, 16)]
+
+        class Fixed:
+            def __len__(self):
+                return accumulate  # noqa: B023
+
+            def __call__(self, epoch):
+                return iter([whole] if accumulate == 1 else halves)  # noqa: B023
+
+        train.fit(model, Fixed(), config, lambda record: None)
+        results.append(torch.cat([p.detach().flatten() for p in model.heads.parameters()]))
+    torch.testing.assert_close(results[0], results[1], atol=2e-4, rtol=1e-3)
+
+
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path, done, corpus):
+    for name in ("data.npz", "tree.npz"):
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    stages.tree.run(stages.tree.Config(run=str(tmp_path), levels="8"))
+    train.run(config_of(tmp_path))
+    stages.eval.run(stages.eval.Config(run=str(tmp_path), k=20, show=0))
+    for name in ("tree.npz", "model.pt", "checkpoint.pt", "predictions.npz"):
+        assert artifacts.sha256(tmp_path / name) == artifacts.sha256(done / name), name
+    train.run(config_of(tmp_path, seed=1))
+    assert artifacts.sha256(tmp_path / "model.pt") != artifacts.sha256(done / "model.pt")
+
+
+def plain(value):
+    """Nested tensors as lists: equal only when every bit that counts is."""
+    if isinstance(value, dict):
+        return {key: plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [plain(item) for item in value]
+    return value.tolist() if isinstance(value, torch.Tensor) else value
+
+
+def without_rates(path):
+    return [{key: value for key, value in json.loads(line).items() if key != "batches_per_s"}
+            for line in path.read_text().splitlines()]
+
+
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, done, monkeypatch):
+    for name in ("data.npz", "tree.npz"):
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    fit = train.fit
+
+    def interrupted(model, batches, config, log, after_epoch, state):
+        def stop_after_one(epoch, state):
+            after_epoch(epoch, state)
+            raise KeyboardInterrupt
+
+        fit(model, batches, config, log, stop_after_one, state)
+
+    monkeypatch.setattr(train, "fit", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config_of(tmp_path))
+    monkeypatch.setattr(train, "fit", fit)
+    with pytest.raises(UserError, match="made with lr=.*, not 1"):
+        train.run(config_of(tmp_path, resume=True, lr=1.0))
+    assert artifacts.sha256(tmp_path / "checkpoint.pt") != artifacts.sha256(done / "checkpoint.pt")
+    train.run(config_of(tmp_path, resume=True))
+    assert artifacts.sha256(tmp_path / "model.pt") == artifacts.sha256(done / "model.pt")
+    ours, theirs = (artifacts.load_pt(folder / "checkpoint.pt")[0] for folder in (tmp_path, done))
+    assert plain(ours) == plain(theirs) and set(ours) > {"model", "optimizer", "scaler", "random", "best"}
+    assert without_rates(tmp_path / "log.jsonl") == without_rates(done / "log.jsonl")
+
+
+def test_the_best_epoch_is_kept_by_validation(tmp_path, done, monkeypatch):
+    """Whatever validation says is followed: here the first of three epochs is made the best."""
+    for name in ("data.npz", "tree.npz"):
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    said = iter([3.0, 1.0, 2.0])
+    weights = []
+
+    def validate(model, data, config):
+        weights.append(model.heads[0].weight.detach().clone())
+        value = next(said)
+        return {"P": {"label": [0.0], "parent": [value], "path": [0.5]}, "recall": [1.0]}
+
+    monkeypatch.setattr(train, "validate", validate)
+    train.run(config_of(tmp_path, epochs=3))
+    model, _, ranking = train.load(tmp_path, stages.data.load(tmp_path))
+    assert ranking == "parent" and torch.equal(model.heads[0].weight, weights[0])
+    assert not torch.equal(weights[0], weights[1])
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(done):
+    loaded = stages.data.load(done)
+    config = stages.train.settle(config_of(done), train.RECIPES, "tiny")
+    model = stages.model.build(loaded, stages.tree.load(done), replace(config, pooling="mean"))
+    with torch.no_grad():
+        model.heads[0].weight.fill_(torch.nan)
+    with pytest.raises(UserError, match="no longer finite .step 1.: lower --lr"):
+        train.fit(model, train.Batches(loaded, 16, 32, 0), config, lambda record: None)
+
+
+@pytest.mark.parametrize("amp", ["bf16", "off", "auto"])
+def test_every_precision_trains_on_this_machine(tmp_path, done, amp):
+    for name in ("data.npz", "tree.npz"):
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    train.run(config_of(tmp_path, amp=amp, epochs=1))
+    _, config, _ = train.load(tmp_path, stages.data.load(tmp_path))
+    assert config.amp == amp if amp != "auto" else config.amp in ("bf16", "off")
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: fp16 with a gradient scaler")
+def test_fp16_with_a_scaler_trains_on_a_gpu(tmp_path, done):
+    for name in ("data.npz", "tree.npz"):
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    train.run(config_of(tmp_path, amp="fp16", epochs=1))
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines() if "loss" in line]
+    assert np.isfinite(losses).all()
+
+
+def test_validation_counts_what_the_metrics_count(done):
+    loaded = stages.data.load(done)
+    model, config, _ = train.load(done, loaded)
+    result = train.validate(model, loaded, config)
+    split = loaded.splits["val"]
+    for ranking in stages.model.RANKINGS:
+        found = train.over_split(model, loaded, "val", config.max_len, 7,
+                                 lambda batch: train.predict_rankings(model, batch, 5))  # noqa: B023
+        metrics = stages.eval.metrics(found[f"labels {ranking}"], split, np.ones(len(loaded.names)))
+        assert result["P"][ranking] == pytest.approx([metrics["P"][j - 1] for j in (1, 3, 5)])
+    # Shortlist recall, label by label.
+    kept, pairs = 0, 0
+    for i in range(len(split)):
+        batch = loaded.batch("val", np.array([i]), config.max_len)
+        clusters = set(model.beam(batch)[2][0][0].tolist())
+        for label in batch.label_P.tolist():
+            kept, pairs = kept + (int(model.label_to_slot[label]) // (model.counts[-1] // 8) in clusters), pairs + 1
+    assert result["recall"][0] == pytest.approx(100 * kept / pairs)
