@@ -56,7 +56,7 @@ def normalize(X: csr_matrix) -> csr_matrix:
     return csr_matrix(diags_array(1 / np.maximum(norms, 1e-12)) @ X)
 
 
-def tfidf(split: "data_stage.Split", idf_V: np.ndarray | None, vocab: int) -> tuple[csr_matrix, np.ndarray]:
+def tfidf(split: data_stage.Split, idf_V: np.ndarray | None, vocab: int) -> tuple[csr_matrix, np.ndarray]:
     """(X (N, V), idf (V,)): log(1 + count) times idf, rows at length 1. The columns are the token ids themselves.
 
     idf_V None: taken from these documents, idf = 1 + ln((N + 1) / (documents with the token + 1)).

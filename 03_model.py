@@ -10,7 +10,6 @@ own layer of one transformer. The candidates at a resolution are the children of
 training the nodes with a positive label below them count as best, and the others, which scored high and are wrong, are
 the hard negatives. The loss is binary cross-entropy over the candidates, summed over the resolutions. Left out here:
 the authors' ensembles, several devices, one-vs-all without a tree.
-
 Shapes   B batch, T tokens, D width, C clusters, F children of each (fan), K clusters kept, P positive pairs, S slots
 """
 
@@ -31,17 +30,17 @@ data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
 
 RECIPES = {"tiny": {"max_len": 64, "pooling": "mean"}, "pretrained": {"max_len": 128, "pooling": "first"}}
-RANKINGS = ("label", "parent", "path")  # p(label); p(label) p(its cluster); the product down the whole path
+RANKINGS = ("parent", "path", "label")  # p(label) p(its cluster); the product down the whole path; p(label)
 
 
 @dataclass(frozen=True)
 class Config:
     run: str = flag("runs/demo", "folder of this run's artifacts")
     max_len: int = flag(None, "tokens of a document, special ones included [tiny 64, else 128]", int)
-    topk: str = flag(None, "clusters kept per cluster level [64,128,256]", str)
+    topk: str = flag(None, "clusters kept per cluster level [128,384,1152]", str)
     pooling: str = flag(None, "a document's feature: 'first' token or 'mean' of all [tiny mean, else first]", str)
     layers: str = flag("", "hidden states read per level, such as 5+6,8,10,12 (0: embeddings) [spaced by depth]")
-    tiny: str = flag("3,256", "layers and width of the encoder 'tiny'")
+    tiny: str = flag("1,256", "layers and width of the encoder 'tiny'")
     seed: int = flag(0, "seed of every random choice")
 
 
@@ -118,13 +117,13 @@ class Head(nn.Module):
 
 
 def choose_layers(depth: int, n_levels: int) -> list[list[int]]:
-    """Hidden states per level: the last level reads the last layer, each one above a sixth of the depth earlier, and
-    the first two layers next to each other. For 12 layers this is 7+8,10,12 or 5+6,8,10,12, as published."""
+    """Hidden states per level: the last level reads the last layer, each one above it a sixth of the depth earlier, the
+    first two layers at once: for 12 layers 7+8,10,12 or 5+6,8,10,12, as published."""
     at = [max(1, int(depth * (1 - (n_levels - 1 - t) / 6) + 0.5)) for t in range(n_levels)]
     return [[at[0] - 1, at[0]] if n_levels > 1 and at[0] > 1 else [at[0]]] + [[layer] for layer in at[1:]]
 
 
-def tiny_backbone(data: "data_stage.Data", config: Config) -> PreTrainedModel:
+def tiny_backbone(data: data_stage.Data, config: Config) -> PreTrainedModel:
     """A small BERT to be trained from scratch, without dropout: the heads have theirs."""
     depth, width = int_list(config.tiny, "--tiny")
     return AutoModel.from_config(BertConfig(
@@ -162,12 +161,12 @@ class Encoder(nn.Module):
 class Cascade(nn.Module):
     """Encoder, a head per level, and the descent through the tree."""
 
-    def __init__(self, encoder: Encoder, tree: "tree_stage.Tree", topk: list[int], layers: list[list[int]]) -> None:
+    def __init__(self, encoder: Encoder, tree: tree_stage.Tree, topk: list[int], layers: list[list[int]]) -> None:
         super().__init__()
         self.encoder, self.topk, self.layers, self.amp = encoder, topk, layers, "off"
         self.counts = [1, *tree.levels, len(tree.slot_to_label)]  # nodes per level, from the root to the slots
-        n_levels, config = len(tree.levels) + 1, encoder.backbone.config
-        depth, width = config.num_hidden_layers, config.hidden_size
+        width, depth = encoder.backbone.config.hidden_size, encoder.backbone.config.num_hidden_layers
+        n_levels = len(tree.levels) + 1
         if len(layers) != n_levels or any(not 0 <= layer <= depth for group in layers for layer in group):
             raise UserError(f"--layers {layers}: expected {n_levels} groups of hidden states between 0 and {depth}")
         fans = [below // above for above, below in zip(self.counts, self.counts[1:], strict=False)]
@@ -184,7 +183,7 @@ class Cascade(nn.Module):
         self.register_buffer("label_to_slot", label_to_slot, persistent=False)
         self.register_buffer("empty", (slots < 0).view(tree.levels[-1], -1), persistent=False)
 
-    def features(self, batch: "data_stage.Batch") -> list[Tensor]:
+    def features(self, batch: data_stage.Batch) -> list[Tensor]:
         """One (B, D) float32 per level. The encoder computes in the precision `amp`, the heads in float32: they cost
         little, and rounding would tie labels that a ranking has to tell apart."""
         kind, dtype = batch.ids_BT.device.type, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
@@ -193,7 +192,7 @@ class Cascade(nn.Module):
         return [join(torch.cat([pooled[layer] for layer in group], dim=1).to(self.heads[0].weight.dtype))
                 for group, join in zip(self.layers, self.join, strict=True)]
 
-    def descend(self, features: list[Tensor], batch: "data_stage.Batch", teacher: bool) -> Iterator[Level]:
+    def descend(self, features: list[Tensor], batch: data_stage.Batch, teacher: bool) -> Iterator[Level]:
         """Yield the levels, coarse to fine. With `teacher` the positive nodes come first in every shortlist."""
         parents_BK, picked_BK = torch.zeros_like(batch.ids_BT[:, :1]), None  # the root
         for t, head in enumerate(self.heads):
@@ -209,8 +208,8 @@ class Cascade(nn.Module):
                 picked_BK = shortlist(logits_BKF, targets_BKF, self.topk[t])
                 parents_BK = expand(parents_BK, fan).gather(1, picked_BK)
 
-    def loss(self, batch: "data_stage.Batch") -> tuple[Tensor, Tensor]:
-        """(loss per level (levels,), positive nodes beyond the k of their level (), which are trained no further down).
+    def loss(self, batch: data_stage.Batch) -> tuple[Tensor, Tensor]:
+        """(loss per level (levels,), positive nodes beyond the k of their level (), which go no further down).
         Binary cross-entropy, summed over a document's candidates and averaged over the documents."""
         losses, surplus = [], torch.zeros((), device=batch.ids_BT.device)
         for t, level in enumerate(self.descend(self.features(batch), batch, teacher=True)):
@@ -222,7 +221,7 @@ class Cascade(nn.Module):
         return torch.stack(losses), surplus
 
     @torch.no_grad()
-    def beam(self, batch: "data_stage.Batch") -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
+    def beam(self, batch: data_stage.Batch) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
         """(labels (B, K), {ranking: log-probability (B, K)}, clusters kept at each cluster level [(B, k)]), where K are
         the candidates of the last level; an empty slot has label -1 and log-probability -inf."""
         kept, scores = [], None
@@ -234,13 +233,13 @@ class Cascade(nn.Module):
         return self.slot_to_label[expand(level.parents_BK, level.logits_BKF.shape[2])], scores, kept
 
     @torch.no_grad()
-    def predict(self, batch: "data_stage.Batch", k: int, ranking: str = "path") -> tuple[Tensor, Tensor]:
+    def predict(self, batch: data_stage.Batch, k: int, ranking: str = "path") -> tuple[Tensor, Tensor]:
         """The k best labels of the beam and their log-probabilities, as best_k gives them."""
         labels_BK, scores, _ = self.beam(batch)
         return best_k(labels_BK, scores[ranking], k)
 
     @torch.no_grad()
-    def predict_exact(self, batch: "data_stage.Batch", k: int, ranking: str, chunk: int = 4096) -> tuple:
+    def predict_exact(self, batch: data_stage.Batch, k: int, ranking: str, chunk: int = 4096) -> tuple[Tensor, Tensor]:
         """As predict, but with every label scored: `chunk` leaf clusters at a time and a running top k."""
         features, scores, best = self.features(batch), None, None
         for head, x_BD in zip(self.heads[:-1], features, strict=False):
@@ -266,14 +265,14 @@ class Cascade(nn.Module):
         return [{"params": group, "lr": rate, "weight_decay": decay} for (rate, decay), group in groups.items()]
 
 
-def build(data: "data_stage.Data", tree: "tree_stage.Tree", config: Config, backbone=None) -> Cascade:
+def build(data: data_stage.Data, tree: tree_stage.Tree, config: Config, backbone=None) -> Cascade:
     """The cascade before training, or around an encoder that is there already."""
     torch.manual_seed(config.seed)
     from_scratch = data.meta["encoder"] == "tiny"
     if backbone is None:
         backbone = tiny_backbone(data, config) if from_scratch else AutoModel.from_pretrained(data.meta["encoder"])
     encoder = Encoder(backbone, config.pooling, config.max_len, from_scratch)
-    topk = int_list(config.topk, "--topk") if config.topk else [min(n, 64 << t) for t, n in enumerate(tree.levels)]
+    topk = int_list(config.topk, "--topk") if config.topk else [min(n, 128 * 3**t) for t, n in enumerate(tree.levels)]
     layers = ([int_list(group.replace("+", ","), "--layers") for group in config.layers.split(",")] if config.layers
               else choose_layers(backbone.config.num_hidden_layers, len(tree.levels) + 1))
     return Cascade(encoder, tree, topk, layers)

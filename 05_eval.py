@@ -7,10 +7,11 @@ Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt
 Writes   RUN/predictions.npz    labels (N, k) int32, -1 where there are fewer; scores (N, k) float32, descending;
                                 documents in the corpus' order
 
-The rankings of the cascade (p(label); times p(its cluster); the product down the whole path) stand side by side; the
-one that is written was chosen on the validation split by stage 4. The yardsticks are computed in the same run, from the
-same tokens: the most frequent labels, and 20 nearest neighbours on TF-IDF. Metrics are means over the documents that
-have labels, in percent. Left out here: pictures, comparisons between runs, significance.
+The rankings of the cascade (p(label) p(its cluster); the product down the whole path; p(label) alone) stand side by
+side; the one that is written was chosen on the validation split by stage 4, from the first two. The yardsticks are
+computed in the same run, from the same tokens: the most frequent labels, and 20 nearest neighbours on TF-IDF. Metrics
+are means over the documents that have labels, in percent. Left out here: pictures, comparisons between runs,
+significance.
 
 Shapes   N documents, L labels, V vocabulary, B batch, K candidates, k labels predicted
 """
@@ -55,7 +56,7 @@ def inverse_propensity(count_L: np.ndarray, n_documents: int, a: float = 0.55, b
     return 1 + c * (count_L + b) ** -a
 
 
-def metrics(labels_Nk: np.ndarray, split: "data_stage.Split", weight_L: np.ndarray) -> dict[str, np.ndarray]:
+def metrics(labels_Nk: np.ndarray, split: data_stage.Split, weight_L: np.ndarray) -> dict[str, np.ndarray]:
     """{"P", "nDCG", "PSP", "R", "RP"}: arrays (k,) whose entry j - 1 is the metric at j, in percent.
 
     P@j: right ones among the first j, over j. R@j: over the document's labels. RP@j: over the smaller of the two.
@@ -98,13 +99,13 @@ def row(name: str, result: dict[str, np.ndarray]) -> str:
     return f"{name:34}" + "".join(cells)
 
 
-def most_frequent(train: "data_stage.Split", n_documents: int, n_labels: int, k: int) -> np.ndarray:
+def most_frequent(train: data_stage.Split, n_documents: int, n_labels: int, k: int) -> np.ndarray:
     """(N, k): the k labels with the most training documents, for everyone."""
     count_L = np.bincount(train.labels, minlength=n_labels)
     return np.tile(np.argsort(-count_L, kind="stable")[:k], (n_documents, 1))
 
 
-def nearest_neighbours(train: "data_stage.Split", split: "data_stage.Split", vocab: int, n_labels: int, k: int,
+def nearest_neighbours(train: data_stage.Split, split: data_stage.Split, vocab: int, n_labels: int, k: int,
                        neighbours: int = 20) -> np.ndarray:
     """(N, k): labels of the training documents nearest by TF-IDF cosine, by the sum of the cosines; -1 where fewer."""
     X_train, idf_V = tree_stage.tfidf(train, None, vocab)
@@ -128,16 +129,21 @@ def nearest_neighbours(train: "data_stage.Split", split: "data_stage.Split", voc
 def run(config: Config) -> None:
     if config.split not in ("train", "val", "test") or config.k < 1:
         raise UserError(f"--split {config.split} --k {config.k}: expected test, val or train, and at least one label")
+    try:
+        a, b = (float(part) for part in config.propensity.split(","))
+    except ValueError:
+        raise UserError(f"--propensity {config.propensity}: expected two numbers such as 0.55,1.5") from None
     data = data_stage.load(config.run)
     split, train, n_labels = data.splits[config.split], data.splits["train"], len(data.names)
+    weight_L = inverse_propensity(np.bincount(train.labels, minlength=n_labels), len(train), a, b)
     model, trained, ranking = train_stage.load(config.run, data)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     k = min(config.k, n_labels)
 
-    def predict_beam(batch: "data_stage.Batch") -> dict[str, np.ndarray]:
+    def predict_beam(batch: data_stage.Batch) -> dict[str, np.ndarray]:
         return train_stage.predict_rankings(model, batch, k)
 
-    def predict_exact(batch: "data_stage.Batch") -> dict[str, np.ndarray]:
+    def predict_exact(batch: data_stage.Batch) -> dict[str, np.ndarray]:
         labels, scores = model.predict_exact(batch, k, ranking)
         return {"labels": labels.cpu().numpy(), "scores": scores.cpu().numpy()}
 
@@ -156,12 +162,6 @@ def run(config: Config) -> None:
              {"labels": labels.astype(np.int32), "scores": np.exp(scores)},
              made_from=("data.npz", "tree.npz", "model.pt"), ranking=ranking)
 
-    count_L = np.bincount(train.labels, minlength=n_labels)
-    try:
-        a, b = (float(part) for part in config.propensity.split(","))
-    except ValueError:
-        raise UserError(f"--propensity {config.propensity}: expected two numbers such as 0.55,1.5") from None
-    weight_L = inverse_propensity(count_L, len(train), a, b)
     unlabelled = int((np.diff(split.label_offsets) == 0).sum())
     print(f"{config.split}: {len(split):,} documents, {unlabelled} of them without labels and left out of the metrics")
     print(f"{'%':34}" + "".join(f"{column:>7}" for column in COLUMNS))
@@ -174,19 +174,20 @@ def run(config: Config) -> None:
         print(row(f"cascade, {NAMES[name]}{mark}", metrics(beam[f"labels {name}"], split, weight_L)))
     if config.exact:
         print(row(f"every label, {NAMES[ranking]}", metrics(labels, split, weight_L)))
-    print("* written to predictions.npz, chosen on validation" + (", with every label scored" if config.exact else ""))
+    print(f"* chosen on validation; predictions.npz holds {'it with every label scored' if config.exact else 'this'}")
     pairs = max(1, len(split.labels))
     recalls = ", ".join(f"{k_t} of {n:,} clusters {100 * beam[f'kept {t}'].sum() / pairs:.1f}"
                         for t, (k_t, n) in enumerate(zip(model.topk, model.counts[1:], strict=False)))
     print(f"shortlist recall (share of the labels whose cluster is kept): {recalls}")
-    print(f"beam: {beam_rate:,.0f} documents per second")
+    print(f"beam, all three rankings: {beam_rate:,.0f} documents per second")
     if config.exact:
-        print(f"every label: {exact_rate:,.0f} documents per second; same top 5 for {100 * same:.2f}% of the documents")
+        print(f"every label, one ranking: {exact_rate:,.0f} documents per second; "
+              f"the same top 5 in the same order for {100 * same:.2f}% of the documents")
     if config.show:
         show(config, data, labels, np.exp(scores))
 
 
-def show(config: Config, data: "data_stage.Data", labels: np.ndarray, scores: np.ndarray) -> None:
+def show(config: Config, data: data_stage.Data, labels: np.ndarray, scores: np.ndarray) -> None:
     """Print some documents, as their tokens say them, with predicted and true labels."""
     split = data.splits[config.split]
     tokenizer = AutoTokenizer.from_pretrained(Path(config.run) / "tokenizer")

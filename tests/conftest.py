@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,7 +12,9 @@ import pytest
 import torch
 
 ROOT = Path(__file__).parent.parent
-torch.set_num_threads(2)
+# Small models on small batches: threads would only wait for each other.
+torch.set_num_threads(1)
+os.environ["OMP_NUM_THREADS"] = "1"
 
 stages = SimpleNamespace(
     data=import_module("01_data"),

@@ -109,7 +109,7 @@ def test_report_and_exact_ranking(done, capsys):
     stages.eval.run(stages.eval.Config(run=str(done), k=20, exact=True, show=1))
     printed = capsys.readouterr().out
     for text in ("20 nearest neighbours", "most frequent labels", "p(label) p(cluster)", "shortlist recall",
-                 "same top 5", "1 of them without labels", "true: label-"):
+                 "the same top 5", "1 of them without labels", "true: label-"):
         assert text in printed
     table = [line for line in printed.splitlines() if line.startswith(("cascade", "every label, p", "20 near"))]
     assert len(table) == 5 and all(len(line.split()) >= 12 for line in table)

@@ -124,7 +124,7 @@ def test_the_best_epoch_is_kept_by_validation(tmp_path, done, monkeypatch):
     def validate(model, data, config):
         weights.append(model.heads[0].weight.detach().clone())
         value = next(said)
-        return {"P": {"label": [0.0], "parent": [value], "path": [0.5]}, "recall": [1.0]}
+        return {"P": {"label": [9.0], "parent": [value], "path": [0.5]}, "recall": [1.0]}
 
     monkeypatch.setattr(train, "validate", validate)
     train.run(config_of(tmp_path, epochs=3))

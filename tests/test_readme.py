@@ -1,0 +1,118 @@
+"""What the README shows is run: its commands, its expected output, its table of artifacts, its examples."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT, SMALL, make_corpus, write_jsonl
+
+import artifacts
+
+README = (ROOT / "README.md").read_text()
+BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
+COMMANDS = [block for kind, block in BLOCKS if kind == "sh"]
+# The demo takes minutes: the tests run its very commands on a part of the corpus with a smaller encoder.
+SMALLER = {"01_data.py": ["--limit", "1000", "--vocab", "4000"],
+           "04_train.py": ["--epochs", "1", "--tiny", "1,64", "--max-len", "24"]}
+
+
+def shell(command: str, cwd) -> str:
+    words = command.split()
+    assert words[0] == "python"
+    done = subprocess.run([sys.executable, *words[1:]], cwd=cwd, capture_output=True, text=True)
+    assert done.returncode == 0, f"{command}\n{done.stderr}"
+    return done.stdout
+
+
+def shape_of(line: str) -> str:
+    """A line of output without its numbers and without the names that depend on what was learnt."""
+    line = re.sub(r"\d[\d,.]*(e[-+]\d+)?", "0", line)
+    line = re.sub(r"leaf cluster 0: .*", "leaf cluster 0:", line)
+    line = re.sub(r"ranked by \w+", "ranked by", line).replace(" *", "  ")
+    return re.sub(r"\s+", " ", line).strip()
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """The first command of the README after its installation, on a part of the corpus: (what it printed, run folder)."""
+    run = tmp_path_factory.mktemp("demo") / "demo"
+    install, *stages = COMMANDS[0].strip().split(" && ")
+    assert install == "pip install -r requirements.txt"
+    assert [stage.split()[1] for stage in stages] == sorted(path.name for path in ROOT.glob("0[1-5]_*.py"))
+    printed = ""
+    for stage in stages:
+        printed += shell(" ".join([stage, "--run", str(run), *SMALLER.get(stage.split()[1], [])]), ROOT)
+    return printed, run
+
+
+def test_the_demo_prints_what_the_readme_shows(demo):
+    shown = next(block for kind, block in BLOCKS if not kind and "documents" in block and "P@1" in block)
+    printed = {shape_of(line) for line in demo[0].splitlines()}
+    for line in shown.strip().splitlines():
+        if line != "...":
+            assert shape_of(line) in printed, line
+
+
+def test_the_test_command_is_the_one_that_ci_runs():
+    install, test = COMMANDS[1].strip().split(" && ")
+    ci = (ROOT / ".ci" / "run").read_text()
+    assert test == "python -m pytest" and test in ci.splitlines()
+    for file in re.findall(r"-r (\S+)", install):
+        assert (ROOT / file).exists() and f"-r {file}" in ci
+
+
+def test_own_corpus_as_the_readme_says(tmp_path):
+    folder = make_corpus(tmp_path / "corpus", val=False)
+    example = [json.loads(line) for line in next(block for kind, block in BLOCKS if kind == "json").splitlines()]
+    rows = [{"text": row, "labels": labels} for row, labels in [(example[0]["text"], example[0]["labels"])] * 3]
+    names = [example[1], {"name": "libglib2.0-0", "text": "x"}]
+    write_jsonl(folder / "test.jsonl.gz", rows)
+    write_jsonl(folder / "train.jsonl.gz", rows * 20)
+    write_jsonl(folder / "labels.jsonl.gz", names)
+    run = tmp_path / "run"
+    for command in COMMANDS[2].strip().splitlines():
+        command = command.replace("runs/mine", str(run)).replace("FOLDER", str(folder)).replace("bert-base-uncased", "tiny")
+        if "04_train" in command:
+            command += " " + " ".join(f"--{key.replace('_', '-')} {value}" for key, value in SMALL.items() if key != "topk")
+        printed = shell(command, ROOT)
+    assert "true: amanda-common, libglib2.0-0" in printed
+    assert (artifacts.load_npz(run / "predictions.npz")[0]["labels"] >= 0).all()
+
+
+def test_the_table_of_artifacts_is_what_the_scripts_write(demo):
+    run = demo[1]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in README.splitlines()
+            if re.match(r"\| \w+\.(npz|pt) \|", line)]
+    listed = {}
+    for file, keys, dtype, shape, _ in rows:
+        match = re.match(r"\{(.*)\}(\w+)", keys)
+        names = [name + match[2] for name in match[1].split(",")] if match else keys.split(", ")
+        for name in names:
+            listed[file, name] = (dtype, shape)
+    for file in ("data.npz", "tree.npz", "predictions.npz"):
+        arrays, meta = artifacts.load_npz(run / file)
+        assert set(arrays) == {key for name, key in listed if name == file}
+        for key, array in arrays.items():
+            dtype, shape = listed[file, key]
+            assert str(array.dtype) in dtype.split(" or "), (file, key, array.dtype)
+            assert array.ndim == len([part for part in shape.strip("()").split(",") if part]), (file, key)
+        assert set(meta) >= {"format", "stage", "config", "versions", "made_from"}
+    for file in ("model.pt", "checkpoint.pt"):
+        content, meta = artifacts.load_pt(run / file)
+        assert set(content) == {key for name, key in listed if name == file}
+        assert set(meta["made_from"]) == {"data.npz", "tree.npz"}
+    labels = artifacts.load_npz(run / "predictions.npz")[0]["labels"]
+    assert labels.shape == (4642, 100) and len(np.unique(labels[0])) > 5
+
+
+def test_the_readme_is_short_and_names_only_flags_that_exist():
+    assert len(README.splitlines()) <= 250
+    flags = set(re.findall(r"--[a-z][a-z-]+", README))
+    known = set()
+    for stage in ROOT.glob("0[1-5]_*.py"):
+        shown = subprocess.run([sys.executable, stage.name, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
+        known |= set(re.findall(r"--[a-z][a-z-]+", shown))
+    assert flags <= known, flags - known
