@@ -17,7 +17,8 @@ Shapes   N documents, L labels, B batch, T tokens, P (document, label) pairs of 
 
 import gzip
 import json
-from collections.abc import Iterable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -25,7 +26,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
+from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
@@ -123,7 +124,7 @@ def read_jsonl(path: Path, *keys: str) -> Iterator[tuple]:
             raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def read_documents(path: Path, label_id: dict[str, int], drops: dict[str, int]) -> Iterator[tuple[str, list[int]]]:
+def read_documents(path: Path, label_id: dict[str, int], drops: Counter) -> Iterator[tuple[str, list[int]]]:
     """Yield (text, sorted label ids); counts in `drops` what it leaves out."""
     for number, text, labels in read_jsonl(path, "text", "labels"):
         if not isinstance(text, str) or not isinstance(labels, list):
@@ -139,30 +140,30 @@ def read_documents(path: Path, label_id: dict[str, int], drops: dict[str, int]) 
         yield text, ids
 
 
-def train_tokenizer(texts: Iterable[str], vocab: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Callable[[], Iterable[str]], vocab: int) -> PreTrainedTokenizerFast:
     """A lower-cased WordPiece tokeniser of at most `vocab` pieces; the same texts give the same tokeniser."""
     normalizer = normalizers.BertNormalizer(lowercase=True)
-    kept = [normalizer.normalize_str(text) for text in texts]
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     # The trainer numbers the pieces "##a", "##b", ... in the order of a hash table and breaks ties by those numbers;
     # naming them beforehand, as if they were special, makes the vocabulary reproducible.
-    alphabet = ["##" + character for character in sorted(set().union(*kept) - set(" \t\n"))]
+    characters = {character for text in texts() for character in set(normalizer.normalize_str(text).replace(" ", ""))}
+    alphabet = ["##" + character for character in sorted(characters)]
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    trained.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
-    trained.train_from_iterator(
-        kept, trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=special + alphabet, show_progress=False)
-    )
+    trained.normalizer, trained.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+    trainer = trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=special + alphabet, show_progress=False)
+    trained.train_from_iterator(texts(), trainer)
     tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
     tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single="[CLS] $A [SEP]", special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+    )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
     )
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase, tiny: bool) -> tuple[list[int], list[int], int]:
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], int]:
     """(ids before a text, ids after it, padding id), found by asking: every family has its own."""
-    if tiny:
-        return [tokenizer.cls_token_id], [tokenizer.sep_token_id], tokenizer.pad_token_id
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
@@ -172,7 +173,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase, tiny: bool) -> tuple[list
 
 
 def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: PreTrainedTokenizerBase, max_tokens: int,
-           name: str, drops: dict[str, int]) -> Split:
+           name: str, drops: Counter) -> Split:
     """Tokenise a stream of (text, label ids) in chunks."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32  # the smallest type that holds the vocabulary
     ids, labels, lengths, counts = [], [], [], []
@@ -201,21 +202,16 @@ def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: PreTrainedToke
     return Split(np.concatenate(ids), offsets, np.concatenate(labels), label_offsets)
 
 
-class Drops(dict):
-    """Counts of what was left out, by reason."""
-
-    def __missing__(self, key: str) -> int:
-        return 0
-
-
 def run(config: Config) -> None:
     corpus, out = Path(config.corpus), Path(config.run)
     for name in ("train", "test", "labels"):
         if not (corpus / f"{name}.jsonl.gz").exists():
             raise UserError(f"{corpus / name}.jsonl.gz does not exist; --corpus names a folder with them")
-    drops = Drops()
+    drops = Counter()
     names, label_texts = [], []
-    for _, name, text in read_jsonl(corpus / "labels.jsonl.gz", "name", "text"):
+    for number, name, text in read_jsonl(corpus / "labels.jsonl.gz", "name", "text"):
+        if not isinstance(name, str) or not isinstance(text, str):
+            raise UserError(f"{corpus / 'labels.jsonl.gz'} line {number}: name and text must be strings")
         names.append(name)
         label_texts.append((text, []))
     label_id = {name: i for i, name in enumerate(names)}
@@ -225,7 +221,8 @@ def run(config: Config) -> None:
 
     # Which line goes where is settled before any text is kept, so that memory holds one chunk of texts.
     rng = np.random.default_rng(config.seed)
-    part = np.array(["train"] * sum(1 for _ in read_documents(corpus / "train.jsonl.gz", label_id, Drops())), object)
+    n_kept = sum(1 for _ in read_documents(corpus / "train.jsonl.gz", label_id, Counter()))
+    part = np.full(n_kept, "train", object)
     if not (corpus / "val.jsonl.gz").exists():
         part[rng.permutation(len(part))[: max(1, len(part) // 10)]] = "val"
         print(f"no val.jsonl.gz: {(part == 'val').sum()} training documents become the validation split")
@@ -235,25 +232,29 @@ def run(config: Config) -> None:
         part[cut] = ""
         drops["training documents beyond --limit"] = len(cut)
 
-    def documents(split: str) -> Iterator[tuple[str, list[int]]]:
-        path, counted = corpus / f"{split}.jsonl.gz", drops
+    def documents(split: str, drops: Counter) -> Iterator[tuple[str, list[int]]]:
+        path = corpus / f"{split}.jsonl.gz"
         if path.exists() and split != "train":
-            yield from read_documents(path, label_id, counted)
+            yield from read_documents(path, label_id, drops)
             return
-        rows = read_documents(corpus / "train.jsonl.gz", label_id, drops if split == "train" else Drops())
+        rows = read_documents(corpus / "train.jsonl.gz", label_id, drops if split == "train" else Counter())
         yield from (document for here, document in zip(part, rows, strict=True) if here == split)
 
     if config.encoder == "tiny":
-        tokenizer = train_tokenizer((text for text, _ in documents("train")), config.vocab)
-        drops.clear()
+        tokenizer = train_tokenizer(lambda: (text for text, _ in documents("train", Counter())), config.vocab)
     else:
-        tokenizer = AutoTokenizer.from_pretrained(config.encoder)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(config.encoder)
+        except (OSError, ValueError) as error:
+            raise UserError(f"--encoder {config.encoder} is no folder with a tokeniser and none that the hub gives: "
+                            f"{str(error).splitlines()[0]}") from error
     tokenizer.model_max_length = int(1e9)  # no warning: cutting is done, and counted, here
     tokenizer.save_pretrained(out / "tokenizer")
-    prefix, suffix, pad = special_tokens(tokenizer, config.encoder == "tiny")
+    prefix, suffix, pad = special_tokens(tokenizer)
 
     arrays = {}
-    splits = {name: encode(documents(name), tokenizer, config.max_tokens, name, drops) for name in SPLITS[:3]}
+    splits = {name: encode(documents(name, drops), tokenizer, config.max_tokens, name, drops)
+              for name in SPLITS[:3]}
     splits["label"] = encode(label_texts, tokenizer, config.max_tokens, "label", drops)
     for name, split in splits.items():
         arrays |= {f"{name}_{key}": array for key, array in split._asdict().items()}
@@ -265,7 +266,7 @@ def run(config: Config) -> None:
     describe(splits, len(names), drops)
 
 
-def describe(splits: dict[str, Split], n_labels: int, drops: dict[str, int]) -> None:
+def describe(splits: dict[str, Split], n_labels: int, drops: Counter) -> None:
     """Print the corpus' shape and every drop."""
     for name in SPLITS[:3]:
         split = splits[name]

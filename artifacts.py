@@ -158,7 +158,8 @@ def _read(path: Path, read: Callable[[], dict]) -> dict:
     try:
         return read()
     except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
-        raise UserError(f"{path} cannot be read ({str(error).splitlines()[0]}); {_again(path)}") from error
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{path} cannot be read ({reason}); {_again(path)}") from error
 
 
 def _check(path: Path, record: str) -> dict:
