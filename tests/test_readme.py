@@ -1,9 +1,11 @@
 """What the README shows is run: its commands, its expected output, its table of artifacts, its examples."""
 
 import json
+import os
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -116,3 +118,14 @@ def test_the_readme_is_short_and_names_only_flags_that_exist():
         shown = subprocess.run([sys.executable, stage.name, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
         known |= set(re.findall(r"--[a-z][a-z-]+", shown))
     assert flags <= known, flags - known
+
+
+def test_the_script_that_runs_several_seeds(tmp_path):
+    corpus = make_corpus(tmp_path / "corpus")
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    environment = os.environ | {"SEEDS": "3 4", "RUNS": str(tmp_path), "PATH": path}
+    command = ["bash", "bench/seeds.sh", "toy", str(corpus), "tiny", "--tiny", "1,32", "--epochs", "1", "--amp", "off"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
+    assert done.returncode == 0, done.stderr
+    tables = done.stdout.split("== seed ")[1:]
+    assert [table[0] for table in tables] == ["3", "4"] and all(table.count("cascade") == 3 for table in tables)
