@@ -17,6 +17,7 @@ Shapes   N documents, L labels, B batch, T tokens, P (document, label) pairs of 
 
 import gzip
 import json
+import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -30,7 +31,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from artifacts import UserError, flag, load_npz, main, save_npz
+from artifacts import UserError, flag, load_npz, main, positive, pretrained, save_npz
 
 SPLITS = ("train", "val", "test", "label")  # the last: the labels' own texts
 CHUNK = 1000  # documents tokenised at a time: what is in memory beside the ids
@@ -42,8 +43,8 @@ class Config:
     corpus: str = flag("data/debian", "folder with the .jsonl.gz files")
     encoder: str = flag("tiny", "hub name or local folder of a transformer, or 'tiny': a small one from scratch")
     limit: int = flag(0, "keep at most this many training documents, drawn with --seed (0: all)")
-    max_tokens: int = flag(512, "keep at most this many tokens of a document")
-    vocab: int = flag(16000, "size of the vocabulary trained for 'tiny'")
+    max_tokens: int = flag(512, "keep at most this many tokens of a document", positive)
+    vocab: int = flag(16000, "size of the vocabulary trained for 'tiny'", positive)
     seed: int = flag(0, "seed of every random choice")
 
 
@@ -87,6 +88,8 @@ class Data(NamedTuple):
         """Documents `rows` of a split, cut to max_len tokens with the special ones: one gather, no loop over rows."""
         part, prefix, suffix = self.splits[split], self.meta["prefix"], self.meta["suffix"]
         room = max_len - len(prefix) - len(suffix)
+        if room < 1:
+            raise UserError(f"--max-len {max_len} leaves no room beside the special tokens; raise it")
         length_B = np.minimum(part.offsets[rows + 1] - part.offsets[rows], room)
         end_B = len(prefix) + length_B
         ids_BT = np.full((len(rows), end_B.max() + len(suffix)), self.meta["pad"], np.int64)
@@ -111,17 +114,18 @@ def flatten(start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.n
 
 def read_jsonl(path: Path, *keys: str) -> Iterator[tuple]:
     """Yield (line number, value of each key); UserError with file and line when one is missing or no JSON."""
-    with gzip.open(path, "rt", encoding="utf-8") as file:
-        try:
+    number = 0
+    try:
+        with gzip.open(path, "rt", encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
                 row = json.loads(line)
                 yield (number, *(row[key] for key in keys))
-        except json.JSONDecodeError as error:
-            raise UserError(f"{path} line {number}: no JSON ({error})") from None
-        except (KeyError, TypeError):
-            raise UserError(f"{path} line {number}: expected an object with {', '.join(keys)}: {line[:80]}") from None
-        except (OSError, EOFError, UnicodeDecodeError) as error:
-            raise UserError(f"{path} cannot be read: {error}") from None
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} line {number}: no JSON ({error})") from None
+    except (KeyError, TypeError):
+        raise UserError(f"{path} line {number}: expected an object with {', '.join(keys)}: {line[:80]}") from None
+    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
+        raise UserError(f"{path} cannot be read after line {number}: {error}") from None
 
 
 def read_documents(path: Path, label_id: dict[str, int], drops: Counter) -> Iterator[tuple[str, list[int]]]:
@@ -166,9 +170,9 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     """(ids before a text, ids after it, padding id), found by asking: every family has its own."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
-    start = next(i for i in range(len(full)) if full[i : i + len(bare)] == bare)
-    if tokenizer.pad_token_id is None:
-        raise UserError(f"the tokeniser of {tokenizer.name_or_path} has no padding token; use another --encoder")
+    start = next((i for i in range(len(full)) if full[i : i + len(bare)] == bare), None)
+    if tokenizer.pad_token_id is None or start is None:
+        raise UserError(f"the tokeniser of {tokenizer.name_or_path} is of no known kind; use another --encoder")
     return full[:start], full[start + len(bare) :], tokenizer.pad_token_id
 
 
@@ -227,7 +231,7 @@ def run(config: Config) -> None:
         part[rng.permutation(len(part))[: max(1, len(part) // 10)]] = "val"
         print(f"no val.jsonl.gz: {(part == 'val').sum()} training documents become the validation split")
     training = np.flatnonzero(part == "train")
-    if config.limit and config.limit < len(training):
+    if 0 < config.limit < len(training):
         cut = rng.permutation(training)[config.limit :]
         part[cut] = ""
         drops["training documents beyond --limit"] = len(cut)
@@ -243,13 +247,8 @@ def run(config: Config) -> None:
     if config.encoder == "tiny":
         tokenizer = train_tokenizer(lambda: (text for text, _ in documents("train", Counter())), config.vocab)
     else:
-        try:
-            tokenizer = AutoTokenizer.from_pretrained(config.encoder)
-        except (OSError, ValueError) as error:
-            raise UserError(f"--encoder {config.encoder} is no folder with a tokeniser and none that the hub gives: "
-                            f"{str(error).splitlines()[0]}") from error
+        tokenizer = pretrained(AutoTokenizer, config.encoder)
     tokenizer.model_max_length = int(1e9)  # no warning: cutting is done, and counted, here
-    tokenizer.save_pretrained(out / "tokenizer")
     prefix, suffix, pad = special_tokens(tokenizer)
 
     arrays = {}
@@ -263,6 +262,7 @@ def run(config: Config) -> None:
     arrays["names_offsets"] = np.cumsum([0] + [len(name) for name in encoded], dtype=np.int64)
     save_npz(out / "data.npz", config, arrays, encoder=config.encoder, vocab_size=len(tokenizer), prefix=prefix,
              suffix=suffix, pad=pad)
+    tokenizer.save_pretrained(out / "tokenizer")
     describe(splits, len(names), drops)
 
 

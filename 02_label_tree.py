@@ -28,7 +28,7 @@ import numpy as np
 from scipy.sparse import csc_matrix, csr_matrix, diags_array
 from tqdm import tqdm
 
-from artifacts import UserError, flag, int_list, load_npz, main, save_npz
+from artifacts import UserError, flag, int_list, load_npz, main, positive, save_npz
 
 data_stage = import_module("01_data")
 
@@ -38,7 +38,7 @@ class Config:
     run: str = flag("runs/demo", "folder of this run's artifacts")
     levels: str = flag("", "clusters per level, coarse to fine, powers of two such as 64,512 (default: from L)")
     smoothing: float = flag(0.0, "weight of the co-occurring labels' features in a label's own (0: none)")
-    iterations: int = flag(8, "2-means iterations per level at most")
+    iterations: int = flag(8, "2-means iterations per level at most", positive)
     clusters_shown: int = flag(3, "clusters to print")
     seed: int = flag(0, "seed of the 2-means' first centroids")
 
@@ -161,7 +161,7 @@ def cosine_to_centroid(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray) -> 
 def choose_levels(n_labels: int) -> list[int]:
     """About eight labels to a leaf cluster, eight children to a cluster, at most 1,024 clusters at the top.
 
-    This gives the published settings of CascadeXML for 4K to 670K labels (64,512 ... 1024,8192,65536).
+    This gives the published settings of CascadeXML for Wiki10-31K, Wiki-500K and Amazon-670K.
     """
     leaf = max(1, round(math.log2(n_labels / 8))) if n_labels > 1 else 0
     depths = [leaf]

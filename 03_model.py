@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from transformers import AutoModel, BertConfig, PreTrainedModel
 
-from artifacts import UserError, flag, int_list, main, settle
+from artifacts import UserError, flag, int_list, main, positive, pretrained, settle
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -36,8 +36,8 @@ RANKINGS = ("parent", "path", "label")  # p(label) p(its cluster); the product d
 @dataclass(frozen=True)
 class Config:
     run: str = flag("runs/demo", "folder of this run's artifacts")
-    max_len: int = flag(None, "tokens of a document, special ones included [tiny 64, else 128]", int)
-    topk: str = flag(None, "clusters kept per cluster level [128,384,1152]", str)
+    max_len: int = flag(None, "tokens of a document, special ones included [tiny 64, else 128]", positive)
+    topk: str = flag(None, "clusters kept per cluster level [192,384,768]", str)
     pooling: str = flag(None, "a document's feature: 'first' token or 'mean' of all [tiny mean, else first]", str)
     layers: str = flag("", "hidden states read per level, such as 5+6,8,10,12 (0: embeddings) [spaced by depth]")
     tiny: str = flag("1,256", "layers and width of the encoder 'tiny'")
@@ -71,9 +71,9 @@ def match(node_P: Tensor, doc_P: Tensor, parents_BK: Tensor, n_parents: int, fan
 
 def shortlist(logits_BKF: Tensor, targets_BKF: Tensor | None, k: int) -> Tensor:
     """Places (B, k) of the k best candidates among the K * F, ranked by sigmoid(logit) + [is positive]."""
-    score = logits_BKF.detach().sigmoid()
+    score = logits_BKF.detach()
     if targets_BKF is not None:
-        score = score + targets_BKF
+        score = score.sigmoid() + targets_BKF
     return score.flatten(1).topk(k, dim=1, sorted=False).indices
 
 
@@ -109,7 +109,7 @@ class Head(nn.Module):
     def forward(self, x_BD: Tensor, clusters_BK: Tensor | None = None) -> Tensor:
         """Logits (B, K, F) of the children of the clusters given, or (B, C, F) of all nodes."""
         C, fan = self.bias.shape
-        # A product with the whole table reads C blocks, a gather reads B * K: take the smaller. Same numbers.
+        # A product with the whole table reads C blocks, a gather reads B * K: take the smaller. Same up to rounding.
         if clusters_BK is None or clusters_BK.numel() >= C:
             logits = self.block(x_BD, 0, C)
             return logits if clusters_BK is None else logits.gather(1, clusters_BK[..., None].expand(-1, -1, fan))
@@ -125,10 +125,10 @@ def choose_layers(depth: int, n_levels: int) -> list[list[int]]:
 
 def tiny_backbone(data: data_stage.Data, config: Config) -> PreTrainedModel:
     """A small BERT to be trained from scratch, without dropout: the heads have theirs."""
-    depth, width = int_list(config.tiny, "--tiny")
+    depth, width = int_list(config.tiny, "--tiny", 2)
     return AutoModel.from_config(BertConfig(
-        vocab_size=data.meta["vocab_size"], pad_token_id=data.meta["pad"], type_vocab_size=1, hidden_size=width,
-        num_hidden_layers=depth, num_attention_heads=max(1, width // 64), intermediate_size=2 * width,
+        vocab_size=data.meta["vocab_size"], pad_token_id=data.meta["pad"], type_vocab_size=1, num_hidden_layers=depth,
+        hidden_size=width, intermediate_size=2 * width, num_attention_heads=int(np.gcd(width, max(1, width // 64))),
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
@@ -146,7 +146,7 @@ class Encoder(nn.Module):
         # What the position table holds; RoBERTa and MPNet start to count behind their padding id.
         table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
         first = -1 if getattr(table, "padding_idx", None) is None else table.padding_idx
-        if max_len > backbone.config.max_position_embeddings - first - 1:
+        if max_len > (getattr(backbone.config, "max_position_embeddings", None) or max_len + first + 1) - first - 1:
             raise UserError(f"--max-len {max_len} is more than the encoder's positions; lower it")
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, layers: set[int]) -> dict[int, Tensor]:
@@ -172,7 +172,7 @@ class Cascade(nn.Module):
         fans = [below // above for above, below in zip(self.counts, self.counts[1:], strict=False)]
         most = [k * fan for k, fan in zip([1, *topk], fans, strict=False)]  # the children of what is kept above
         if len(topk) != len(tree.levels) or any(not 1 <= k <= n for k, n in zip(topk, most, strict=False)):
-            raise UserError(f"--topk {topk}: levels {tree.levels} have {most[: len(tree.levels)]} candidates; lower it")
+            raise UserError(f"--topk {topk}: levels {tree.levels} have at most {most[: len(tree.levels)]} candidates")
         self.heads = nn.ModuleList(Head(n, fan, width) for n, fan in zip(self.counts, fans, strict=False))
         self.join = nn.ModuleList(nn.Linear(len(g) * width, width) if len(g) > 1 else nn.Identity() for g in layers)
         rates = {3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5)}.get(n_levels, (0.3,) * n_levels)  # as published
@@ -184,8 +184,7 @@ class Cascade(nn.Module):
         self.register_buffer("empty", (slots < 0).view(tree.levels[-1], -1), persistent=False)
 
     def features(self, batch: data_stage.Batch) -> list[Tensor]:
-        """One (B, D) float32 per level. The encoder computes in the precision `amp`, the heads in float32: they cost
-        little, and rounding would tie labels that a ranking has to tell apart."""
+        """(B, D) per level. The encoder computes in the precision `amp`, the heads in float32: rounding makes ties."""
         kind, dtype = batch.ids_BT.device.type, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
         with torch.autocast(kind, dtype, enabled=dtype is not None):
             pooled = self.encoder(batch.ids_BT, batch.mask_BT, {layer for group in self.layers for layer in group})
@@ -270,9 +269,10 @@ def build(data: data_stage.Data, tree: tree_stage.Tree, config: Config, backbone
     torch.manual_seed(config.seed)
     from_scratch = data.meta["encoder"] == "tiny"
     if backbone is None:
-        backbone = tiny_backbone(data, config) if from_scratch else AutoModel.from_pretrained(data.meta["encoder"])
-    encoder = Encoder(backbone, config.pooling, config.max_len, from_scratch)
-    topk = int_list(config.topk, "--topk") if config.topk else [min(n, 128 * 3**t) for t, n in enumerate(tree.levels)]
+        backbone = tiny_backbone(data, config) if from_scratch else pretrained(AutoModel, data.meta["encoder"])
+    # In float32 whatever the checkpoint's type: mixed precision is for the computation, not for the weights.
+    encoder = Encoder(backbone.float(), config.pooling, config.max_len, from_scratch)
+    topk = int_list(config.topk, "--topk") if config.topk else [min(n, 192 << t) for t, n in enumerate(tree.levels)]
     layers = ([int_list(group.replace("+", ","), "--layers") for group in config.layers.split(",")] if config.layers
               else choose_layers(backbone.config.num_hidden_layers, len(tree.levels) + 1))
     return Cascade(encoder, tree, topk, layers)

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from transformers import AutoConfig, AutoModel
 
-from artifacts import UserError, flag, load_pt, main, save_pt, settings, settle
+from artifacts import UserError, flag, keep_log, load_pt, main, positive, save_pt, settings, settle
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -41,9 +41,9 @@ INTERVALS = 50  # progress lines in a run, about
 
 @dataclass(frozen=True)
 class Config(model_stage.Config):
-    epochs: int = flag(None, "passes over the training documents [tiny 5, else 15]", int)
-    batch_size: int = flag(None, "documents per batch [tiny 128, else 64]", int)
-    accumulate: int = flag(1, "batches whose gradients are added up before a step")
+    epochs: int = flag(None, "passes over the training documents [tiny 5, else 15]", positive)
+    batch_size: int = flag(None, "documents per batch [tiny 128, else 64]", positive)
+    accumulate: int = flag(1, "batches whose gradients are added up before a step", positive)
     lr: float = flag(None, "learning rate of the heads [tiny 1e-2, else 1e-3]", float)
     lr_encoder: float = flag(None, "learning rate of the encoder [tiny 1e-3, else 1e-4]", float)
     amp: str = flag("auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at")
@@ -54,8 +54,7 @@ class Batches:
     """The training documents, in another order every epoch that depends on nothing but the seed and the epoch.
 
     They are shuffled, sorted by length within pools of 50 batches, and the batches shuffled again: documents of a batch
-    are of about one length, so hardly any padding is computed, at the price of a little randomness.
-    """
+    are of about one length, so hardly any padding is computed, at the price of a little randomness."""
 
     def __init__(self, data: data_stage.Data, batch_size: int, max_len: int, seed: int) -> None:
         self.data, self.batch_size, self.max_len, self.seed = data, batch_size, max_len, seed
@@ -135,7 +134,7 @@ def lr_scale(step: int, total: int, warmup: int) -> float:
 def choose_amp(model: model_stage.Cascade, batch: data_stage.Batch) -> str:
     """bf16 or fp16 on a GPU; on a CPU bf16 only if a forward and backward pass of the encoder is faster so."""
     if batch.ids_BT.is_cuda:
-        return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
+        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
     seconds = {"off": [], "bf16": []}
     for _ in range(4):
         for model.amp, times in seconds.items():
@@ -152,9 +151,8 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
         after_epoch: Callable[[int, dict], None] = lambda epoch, state: None, state: dict | None = None) -> None:
     """Train any module with loss(batch) -> (losses (levels,), surplus ()) and param_groups(lr, lr_encoder).
 
-    `log` gets a record per interval. `after_epoch(epochs done, state)` gets what has to be saved to go on; given back
-    as `state`, training goes on as if it had never stopped. UserError when the loss is no longer finite.
-    """
+    `log` gets a record per interval; `after_epoch(epochs done, state)` all that has to be saved to go on: given back as
+    `state`, training goes on as if it had never stopped. UserError when the loss is no longer finite."""
     device = next(model.parameters()).device
     optimizer = torch.optim.AdamW(model.param_groups(config.lr, config.lr_encoder), fused=True, betas=(0.9, 0.99))
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
@@ -167,7 +165,7 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
         optimizer.load_state_dict(state["optimizer"])
         scaler.load_state_dict(state["scaler"])
         torch.set_rng_state(state["random"])
-        if device.type == "cuda":
+        if "random_cuda" in state and device.type == "cuda":
             torch.cuda.set_rng_state(state["random_cuda"])
         epochs_done = state["epochs_done"]
 
@@ -195,11 +193,11 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
                 *losses, surplus = sums.tolist()
                 record = {"epoch": epoch + 1, "step": step, "loss": [loss / seen for loss in losses],
                           "surplus": int(surplus), "lr": peak_lr[-1] * lr_scale(step - 1, total, warmup),
-                          "grad_norm": float(norm), "batches_per_s": seen / (time.perf_counter() - start)}
+                          "grad_norm": float(norm.nan_to_num()), "batches_per_s": seen / (time.perf_counter() - start)}
                 log(record | {"total": total})
                 if not np.isfinite(record["loss"]).all():
                     raise UserError(f"the loss is no longer finite (step {step}): lower --lr or --lr-encoder; "
-                                    f"{config.run}/model.pt holds the best epoch so far")
+                                    f"the artifacts of {epoch} finished epochs are as they were")
                 sums, seen, start = 0.0, 0, time.perf_counter()
         state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
                  "epochs_done": epoch + 1, "random": torch.get_rng_state()}
@@ -230,6 +228,17 @@ def load(folder: str | Path, data: data_stage.Data) -> tuple[model_stage.Cascade
     return model, config, content["ranking"]
 
 
+def refuse_unfinished(path: Path) -> None:
+    """UserError when starting over would overwrite the checkpoint of a run that could still go on."""
+    try:
+        state, _ = load_pt(path)
+    except UserError:
+        return  # damaged, or of other data: nothing can go on from it
+    if state["epochs_done"] < state["config"]["epochs"]:
+        raise UserError(f"{path} is of a run that stopped after epoch {state['epochs_done']} of "
+                        f"{state['config']['epochs']}: go on with --resume, or delete it to start over")
+
+
 def run(config: Config) -> None:
     out = Path(config.run)
     data, tree = data_stage.load(out), tree_stage.load(out)
@@ -248,6 +257,10 @@ def run(config: Config) -> None:
             if getattr(config, key) != before:
                 raise UserError(f"--resume: {out}/checkpoint.pt was made with {key}={before}, not "
                                 f"{getattr(config, key)}; give the same settings, or start over without --resume")
+        keep_log(out / "log.jsonl", state["epochs_done"])
+        print(f"going on after epoch {state['epochs_done']} of {config.epochs}")
+    elif (out / "checkpoint.pt").exists():
+        refuse_unfinished(out / "checkpoint.pt")
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
     if config.amp == "auto":
         config = replace(config, amp=choose_amp(model, next(batches(0)).to(device)))

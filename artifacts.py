@@ -83,12 +83,40 @@ def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:
     print(f"[{Path(sys.argv[0]).name} took {time.perf_counter() - start:.0f} s]")
 
 
-def int_list(text: str, what: str) -> list[int]:
-    """'64,192' -> [64, 192]."""
+def positive(text: str) -> int:
+    """A flag's whole number of at least 1."""
+    if int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text} is less than 1")
+    return int(text)
+
+
+def int_list(text: str, what: str, n: int | None = None) -> list[int]:
+    """'64,192' -> [64, 192]; exactly n of them where n is given."""
+    numbers = text.split(",")
+    if not all(part.strip().isdigit() for part in numbers) or n not in (None, len(numbers)):
+        raise UserError(f"{what} {text!r}: expected {n or 'some'} whole numbers separated by commas, such as 64,192")
+    return [int(part) for part in numbers]
+
+
+def pretrained(kind: Any, name: str) -> Any:
+    """kind.from_pretrained(name): a tokeniser or a model from a local folder or from the hub."""
     try:
-        return [int(part) for part in text.split(",")]
-    except ValueError:
-        raise UserError(f"{what} {text!r}: expected whole numbers separated by commas, such as 64,192") from None
+        return kind.from_pretrained(name)
+    except (OSError, ValueError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"--encoder {name}: no such folder, and not to be had from the hub ({reason})") from error
+
+
+def keep_log(path: Path, epochs: int) -> None:
+    """Cut a log of JSON lines back to the records of finished epochs."""
+    kept = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            if json.loads(line)["epoch"] <= epochs:
+                kept.append(line + "\n")
+        except (json.JSONDecodeError, KeyError):
+            continue  # the line that was being written when the run stopped
+    path.write_text("".join(kept))
 
 
 def _write_whole(path: Path, write: Callable[[Any], None]) -> None:
@@ -105,9 +133,12 @@ def _write_whole(path: Path, write: Callable[[Any], None]) -> None:
         partial.unlink(missing_ok=True)
 
 
+_READ: dict[Path, str] = {}  # sha256 of what this process has read: what a result is made from, whatever came since
+
+
 def _meta(path: Path, config: Any, made_from: tuple[str, ...], extra: dict) -> dict:
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np, scipy)}
-    inputs = {name: sha256(path.parent / name) for name in made_from}
+    inputs = {name: _READ[(path.parent / name).resolve()] for name in made_from}
     return {"format": FORMAT, "stage": MADE_BY[path.name], "config": settings(config), "versions": versions,
             "made_from": inputs, **extra}
 
@@ -156,6 +187,7 @@ def _read(path: Path, read: Callable[[], dict]) -> dict:
     if not path.exists():
         raise UserError(f"{path} does not exist; {_again(path)}")
     try:
+        _READ[path.resolve()] = sha256(path)
         return read()
     except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
@@ -168,9 +200,10 @@ def _check(path: Path, record: str) -> dict:
         meta = json.loads(record)
         if meta["format"] != FORMAT:
             raise UserError(f"{path} has format {meta['format']}, expected {FORMAT}; {_again(path)}")
-    except (json.JSONDecodeError, KeyError, TypeError):
+        made_from = meta["made_from"].items()
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} carries no record of how it was made; {_again(path)}") from None
-    for name, expected in meta["made_from"].items():
+    for name, expected in made_from:
         source = path.parent / name
         found = sha256(source) if source.exists() else "nothing"
         if found != expected:

@@ -63,7 +63,7 @@ def test_the_same_corpus_gives_the_same_bytes(tmp_path, corpus, done):
         assert artifacts.sha256(tmp_path / name) == artifacts.sha256(done / name)
 
 
-def test_a_missing_validation_split_is_drawn_from_training(tmp_path):
+def test_a_missing_validation_split_is_drawn_from_training(tmp_path, capsys):
     corpus = make_corpus(tmp_path / "corpus", val=False)
     data.run(data.Config(run=str(tmp_path / "a"), corpus=str(corpus), vocab=400))
     data.run(data.Config(run=str(tmp_path / "b"), corpus=str(corpus), vocab=400, limit=100))
@@ -71,6 +71,7 @@ def test_a_missing_validation_split_is_drawn_from_training(tmp_path):
     assert (len(a["train"]), len(a["val"])) == (294 - 29, 29)  # 6 of 300 have no labels and are dropped
     assert (len(b["train"]), len(b["val"])) == (100, 29)
     assert np.array_equal(a["val"].labels, b["val"].labels)
+    assert "dropped: 165 training documents beyond --limit" in capsys.readouterr().out
 
 
 def test_drops_are_counted_and_printed(tmp_path, capsys):
@@ -95,6 +96,7 @@ def test_drops_are_counted_and_printed(tmp_path, capsys):
         ('{"text": 7, "labels": []}', "line 2: text must be a string"),
         ('{"text": "a", "labels": "label-0"}', "line 2: text must be a string and labels a list"),
         ("not json", "line 2: no JSON"),
+        ("", "line 2: no JSON"),
     ],
 )
 def test_bad_lines_are_named(tmp_path, line, message):
@@ -188,3 +190,23 @@ def test_the_corpus_builder_drops_what_it_says():
     assert sorted(row["text"] for row in documents) == [f"p{i}: short {i}. long text" for i in range(3)]
     assert all(row["labels"] == ["pair"] for row in documents)
     assert "97 documents with no label left dropped" in " ".join(said)
+
+
+def test_flags_that_make_no_sense_are_refused(tmp_path, corpus):
+    for stage, flags in (("04_train.py", ["--epochs", "0"]), ("05_eval.py", ["--k", "-1"])):
+        failed = subprocess.run([sys.executable, stage, *flags], cwd=ROOT, capture_output=True, text=True)
+        assert failed.returncode == 2 and "is less than 1" in failed.stderr
+    with pytest.raises(UserError, match="--encoder .*nowhere: no such folder"):
+        data.run(data.Config(run=str(tmp_path), corpus=str(corpus), encoder=str(tmp_path / "nowhere")))
+    with pytest.raises(UserError, match="expected 2 whole numbers"):
+        artifacts.int_list("128", "--tiny", 2)
+
+
+def test_a_result_is_made_from_what_was_read_not_from_what_came_since(tmp_path, done):
+    for name in ("data.npz", "tree.npz"):
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    stages.tree.load(tmp_path)
+    (tmp_path / "tree.npz").write_bytes(b"another tree, made meanwhile")
+    artifacts.save_pt(tmp_path / "model.pt", stages.tree.Config(), {}, ("tree.npz",))
+    with pytest.raises(UserError, match="model.pt was made from a tree.npz"):
+        artifacts.load_pt(tmp_path / "model.pt")

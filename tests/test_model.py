@@ -280,3 +280,22 @@ def test_a_shortlist_longer_than_its_candidates_is_refused(topk, message):
 def test_layers_that_the_encoder_does_not_have_are_refused():
     with pytest.raises(UserError, match="hidden states between 0 and 1"):
         make_model(layers=((1,), (1,), (2,)))
+
+
+@pytest.mark.parametrize("n_labels", [1, 2, 3, 9, 31, 100, 5000])
+def test_defaults_fit_any_number_of_labels(done, n_labels):
+    """Levels, shortlists and layers that nobody named work from one label up; the encoder is kept in float32."""
+    levels = stages.tree.choose_levels(n_labels)
+    bounds = np.array([0, n_labels])
+    while len(bounds) - 1 < levels[-1]:
+        bounds = stages.tree.halve(bounds)
+    tree = stages.tree.Tree(stages.tree.lay_out(np.arange(n_labels), bounds), levels)
+    config = model_stage.Config(max_len=16, pooling="mean", tiny="1,24")
+    loaded = stages.data.load(done)
+    encoder = model_stage.tiny_backbone(loaded, config).half()
+    model = model_stage.build(loaded, tree, config, encoder).eval()
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    batch, _ = make_batch(labels=[[0], [n_labels - 1], [], [], [], []])
+    assert torch.isfinite(model.loss(batch)[0]).all()
+    labels, _ = model.predict(batch, n_labels + 3)
+    assert (labels[:, -3:] == -1).all()

@@ -89,24 +89,29 @@ def without_rates(path):
 
 
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, done, monkeypatch):
+    """Stopped in the middle of the second epoch, with a log line half written."""
     for name in ("data.npz", "tree.npz"):
         (tmp_path / name).write_bytes((done / name).read_bytes())
     fit = train.fit
 
     def interrupted(model, batches, config, log, after_epoch, state):
-        def stop_after_one(epoch, state):
-            after_epoch(epoch, state)
-            raise KeyboardInterrupt
+        def stop(record):
+            log(record)
+            if record["epoch"] == 2:
+                raise KeyboardInterrupt
 
-        fit(model, batches, config, log, stop_after_one, state)
+        fit(model, batches, config, stop, after_epoch, state)
 
     monkeypatch.setattr(train, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.run(config_of(tmp_path))
     monkeypatch.setattr(train, "fit", fit)
+    with open(tmp_path / "log.jsonl", "a") as file:
+        file.write('{"epoch": 2, "st')
     with pytest.raises(UserError, match="made with lr=.*, not 1"):
         train.run(config_of(tmp_path, resume=True, lr=1.0))
-    assert artifacts.sha256(tmp_path / "checkpoint.pt") != artifacts.sha256(done / "checkpoint.pt")
+    with pytest.raises(UserError, match="stopped after epoch 1 of 2: go on with --resume"):
+        train.run(config_of(tmp_path))
     train.run(config_of(tmp_path, resume=True))
     assert artifacts.sha256(tmp_path / "model.pt") == artifacts.sha256(done / "model.pt")
     ours, theirs = (artifacts.load_pt(folder / "checkpoint.pt")[0] for folder in (tmp_path, done))
