@@ -9,7 +9,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_corpus, write_jsonl
+import torch
+import transformers
+from conftest import ROOT, make_corpus, stages, write_jsonl
 
 import artifacts
 
@@ -82,6 +84,26 @@ def test_own_corpus_as_the_readme_says(tmp_path):
         printed = shell(command, ROOT)
     assert "true: " + ", ".join(example[0]["labels"]) in printed
     assert (artifacts.load_npz(run / "predictions.npz")[0]["labels"] >= 0).all()
+
+
+def test_a_pretrained_encoder_as_in_the_results(tmp_path):
+    """The commands of the results, with a small random BERT in a local folder instead of the pretrained one."""
+    folder, encoder = make_corpus(tmp_path / "corpus"), tmp_path / "encoder"
+    texts = [text for _, text in stages.data.read_jsonl(folder / "train.jsonl.gz", "text")]
+    tokenizer = stages.data.train_tokenizer(lambda: texts, 400)
+    tokenizer.save_pretrained(encoder)
+    shape = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 16}
+    transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **shape)).half().save_pretrained(encoder)
+    run = tmp_path / "run"
+    for command in COMMANDS[3].strip().splitlines():
+        for word, ours in (("runs/eurlex", str(run)), ("eurlex57k-titles", str(folder)), ("64,384", "4"),
+                           ("all-MiniLM-L6-v2", str(encoder))):
+            command = command.replace(word, ours)
+        printed = shell(command, ROOT)
+    assert "cascade, p(label) p(cluster)" in printed
+    model, config, _ = stages.train.load(run, stages.data.load(run))
+    assert config.pooling == "mean" and model.layers == [[4, 5], [6]] and model.encoder.backbone.config.vocab_size > 50
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_the_table_of_artifacts_is_what_the_scripts_write(demo):
