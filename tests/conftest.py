@@ -70,3 +70,11 @@ def corpus(tmp_path_factory) -> Path:
 def done(tmp_path_factory, corpus) -> Path:
     """A run folder in which the whole path has been run; not to be changed by a test."""
     return run_pipeline(tmp_path_factory.mktemp("run"), corpus)
+
+
+@pytest.fixture
+def prepared(tmp_path, done) -> Path:
+    """The test's own folder, with what training needs in it."""
+    for name in ("data.npz", "tree.npz"):
+        (tmp_path / name).write_bytes((done / name).read_bytes())
+    return tmp_path

@@ -62,9 +62,7 @@ def test_two_accumulated_halves_make_one_batch(done):
     torch.testing.assert_close(results[0], results[1], atol=2e-4, rtol=1e-3)
 
 
-def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path, done, corpus):
-    for name in ("data.npz", "tree.npz"):
-        (tmp_path / name).write_bytes((done / name).read_bytes())
+def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path, prepared, done, corpus):
     stages.tree.run(stages.tree.Config(run=str(tmp_path), levels="8"))
     train.run(config_of(tmp_path))
     stages.eval.run(stages.eval.Config(run=str(tmp_path), k=20, show=0))
@@ -88,10 +86,8 @@ def without_rates(path):
             for line in path.read_text().splitlines()]
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, done, monkeypatch):
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, done, monkeypatch):
     """Stopped in the middle of the second epoch, with a log line half written."""
-    for name in ("data.npz", "tree.npz"):
-        (tmp_path / name).write_bytes((done / name).read_bytes())
     fit = train.fit
 
     def interrupted(model, batches, config, log, after_epoch, state):
@@ -119,10 +115,8 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, done, monkey
     assert without_rates(tmp_path / "log.jsonl") == without_rates(done / "log.jsonl")
 
 
-def test_the_best_epoch_is_kept_by_validation(tmp_path, done, monkeypatch):
+def test_the_best_epoch_is_kept_by_validation(tmp_path, prepared, done, monkeypatch):
     """Whatever validation says is followed: here the first of three epochs is made the best."""
-    for name in ("data.npz", "tree.npz"):
-        (tmp_path / name).write_bytes((done / name).read_bytes())
     said = iter([3.0, 1.0, 2.0])
     weights = []
 
@@ -149,18 +143,14 @@ def test_a_loss_that_is_not_finite_stops_the_run(done):
 
 
 @pytest.mark.parametrize("amp", ["bf16", "off", "auto"])
-def test_every_precision_trains_on_this_machine(tmp_path, done, amp):
-    for name in ("data.npz", "tree.npz"):
-        (tmp_path / name).write_bytes((done / name).read_bytes())
+def test_every_precision_trains_on_this_machine(tmp_path, prepared, done, amp):
     train.run(config_of(tmp_path, amp=amp, epochs=1))
     _, config, _ = train.load(tmp_path, stages.data.load(tmp_path))
     assert config.amp == amp if amp != "auto" else config.amp in ("bf16", "off")
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: fp16 with a gradient scaler")
-def test_fp16_with_a_scaler_trains_on_a_gpu(tmp_path, done):
-    for name in ("data.npz", "tree.npz"):
-        (tmp_path / name).write_bytes((done / name).read_bytes())
+def test_fp16_with_a_scaler_trains_on_a_gpu(tmp_path, prepared, done):
     train.run(config_of(tmp_path, amp="fp16", epochs=1))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines() if "loss" in line]
     assert np.isfinite(losses).all()
