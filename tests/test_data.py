@@ -1,5 +1,6 @@
 """Stage 1 and the artifacts: batches against a loop, errors with their line, the same bytes from the same seed."""
 
+import importlib
 import json
 import pickle
 import subprocess
@@ -152,13 +153,26 @@ def test_a_failed_write_leaves_the_old_artifact(tmp_path, done):
     assert [p.name for p in tmp_path.iterdir()] == ["data.npz"]
 
 
-@pytest.mark.parametrize("stage", sorted(p.name for p in ROOT.glob("0[1-5]_*.py")))
-def test_help_is_the_docstring_and_misspelt_flags_fail(stage):
-    shown = subprocess.run([sys.executable, stage, "--help"], cwd=ROOT, capture_output=True, text=True).stdout
-    assert "Reads " in shown and "Writes " in shown and "--seed" in shown and "--run" in shown
-    assert len((ROOT / stage).read_text().splitlines()) <= 300
-    failed = subprocess.run([sys.executable, stage, "--sed", "1"], cwd=ROOT, capture_output=True, text=True)
-    assert failed.returncode == 2 and "unrecognized arguments" in failed.stderr
+@pytest.mark.parametrize("name", ["01_data", "02_label_tree", "03_model", "04_train", "05_eval"])
+def test_help_is_the_docstring_and_misspelt_flags_fail(name, capsys):
+    stage = importlib.import_module(name)
+    for flags, code in ((["--help"], 0), (["--sed", "1"], 2)):
+        with pytest.raises(SystemExit) as stopped:
+            artifacts.parse(stage.Config, stage.__doc__, flags)
+        assert stopped.value.code == code
+    shown = capsys.readouterr()
+    assert stage.__doc__.strip() in shown.out and "--seed" in shown.out and "--run" in shown.out
+    assert "unrecognized arguments: --sed" in shown.err
+    assert "Reads " in stage.__doc__ and "Writes " in stage.__doc__
+    assert len((ROOT / f"{name}.py").read_text().splitlines()) <= 300
+
+
+def test_an_error_is_one_line_and_exit_code_2(tmp_path):
+    command = [sys.executable, "02_label_tree.py", "--run", str(tmp_path)]
+    failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert failed.returncode == 2 and failed.stdout == ""
+    line = f"02_label_tree.py: error: {tmp_path}/data.npz does not exist; run: python 01_data.py --run {tmp_path}"
+    assert failed.stderr.splitlines()[-1] == line
 
 
 def test_the_shipped_corpus_is_what_its_readme_says():
@@ -192,10 +206,11 @@ def test_the_corpus_builder_drops_what_it_says():
     assert "97 documents with no label left dropped" in " ".join(said)
 
 
-def test_flags_that_make_no_sense_are_refused(tmp_path, corpus):
-    for stage, flags in (("04_train.py", ["--epochs", "0"]), ("05_eval.py", ["--k", "-1"])):
-        failed = subprocess.run([sys.executable, stage, *flags], cwd=ROOT, capture_output=True, text=True)
-        assert failed.returncode == 2 and "is less than 1" in failed.stderr
+def test_flags_that_make_no_sense_are_refused(tmp_path, corpus, capsys):
+    for stage, flags in ((stages.train, ["--epochs", "0"]), (stages.eval, ["--k", "-1"])):
+        with pytest.raises(SystemExit):
+            artifacts.parse(stage.Config, "", flags)
+        assert "is less than 1" in capsys.readouterr().err
     with pytest.raises(UserError, match="--encoder .*nowhere: no such folder"):
         data.run(data.Config(run=str(tmp_path), corpus=str(corpus), encoder=str(tmp_path / "nowhere")))
     with pytest.raises(UserError, match="expected 2 whole numbers"):
