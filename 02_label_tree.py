@@ -25,7 +25,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 from scipy.sparse import csc_matrix, csr_matrix, diags_array
+from torch import Tensor
 from tqdm import tqdm
 
 from artifacts import UserError, flag, int_list, load_npz, main, positive, save_npz
@@ -185,6 +187,22 @@ def lay_out(order: np.ndarray, bounds: np.ndarray) -> np.ndarray:
     slots = np.full((len(sizes), sizes.max()), -1, np.int32)
     slots[np.arange(sizes.max()) < sizes[:, None]] = order
     return slots.ravel()
+
+
+def expand(parents_BK: Tensor, fan: int) -> Tensor:
+    """Children (B, K * fan) of nodes (B, K): the tree is a permutation, so no table is needed."""
+    return (parents_BK[..., None] * fan + torch.arange(fan, device=parents_BK.device)).flatten(1)
+
+
+def match(node_P: Tensor, doc_P: Tensor, parents_BK: Tensor, fan: int) -> Tensor:
+    """Targets (B, K, fan): 1 where the candidate is one of the document's positive nodes `node_P` of this level."""
+    B, K = parents_BK.shape
+    found_PK = parents_BK[doc_P] == (node_P // fan)[:, None]
+    # Column K, cut off below, takes the nodes whose parent is not in the shortlist.
+    place_P = torch.where(found_PK.any(1), found_PK.to(torch.uint8).argmax(1), K)
+    targets = torch.zeros(B, (K + 1) * fan, device=parents_BK.device)
+    targets[doc_P, place_P * fan + node_P % fan] = 1.0
+    return targets[:, : K * fan].view(B, K, fan)
 
 
 def run(config: Config) -> None:

@@ -22,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from transformers import AutoConfig, AutoModel
+from torch import Tensor
 
-from artifacts import UserError, flag, keep_log, load_pt, main, positive, save_pt, settings, settle
+import artifacts
+from artifacts import UserError, flag, load_pt, positive, save_pt, settings
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -36,6 +37,7 @@ RECIPES = {
 }
 POOL = 50  # batches whose documents are sorted by length together
 CLIP = 10.0  # largest norm of the gradient
+CHUNK = 4096  # clusters that RowAdam updates at a time: what it needs beside the gradient
 INTERVALS = 50  # progress lines in a run, about
 
 
@@ -48,6 +50,56 @@ class Config(model_stage.Config):
     lr_encoder: float = flag(None, "learning rate of the encoder [tiny 1e-3, else 1e-4]", float)
     amp: str = flag("auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at")
     resume: bool = flag(False, "go on from RUN/checkpoint.pt")
+
+
+def round_stochastically(values: Tensor) -> Tensor:
+    """bfloat16 of float32, up or down at random so that the mean is right: rounding to the nearest would lose every
+    change of a weight by less than a five-hundredth of itself."""
+    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device)
+    return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+
+
+class RowAdam(torch.optim.Optimizer):
+    """Adam for the rows of labels: reads and writes the clusters that the gradient names, and keeps per row, instead of
+    two moments per weight, the mean square v of its gradient and the weight c of its history:
+
+        v <- beta v + (1 - beta) mean_d(g^2)     c <- beta c + (1 - beta)     w <- w - lr (g / sqrt(v / c) + decay w)
+
+    Rows without any gradient, empty slots for one, stay as they are. Gradients are sparse tensors as Head makes them;
+    `accumulated` says that a cluster may occur in them more than once. bfloat16 is rounded stochastically."""
+
+    def __init__(self, groups: list[dict], accumulated: bool, beta: float = 0.99) -> None:
+        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})
+        self.accumulated, self.beta = accumulated, beta
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:
+        for group in self.param_groups:
+            for weight in group["params"]:
+                grad = weight.grad.coalesce() if self.accumulated else weight.grad
+                if not self.state[weight]:
+                    zeros = torch.zeros(weight.shape[:2], device=weight.device)
+                    self.state[weight] = {"square": zeros, "history": zeros.clone()}
+                for clusters_U, g in zip(grad._indices()[0].split(CHUNK), grad._values().split(CHUNK), strict=True):
+                    self.update(weight, clusters_U, g.float(), group["lr"], group["weight_decay"])
+
+    def update(self, weight: Tensor, clusters_U: Tensor, g: Tensor, lr: float, decay: float) -> None:
+        """One step for some clusters with gradients g (U, F, D), for a bias (U, F)."""
+        g_UFD, state = g.view(*g.shape[:2], -1), self.state[weight]
+        square_UF = torch.linalg.vector_norm(g_UFD, dim=2).square() / g_UFD.shape[2]
+        here_UF = (square_UF > 0).float()
+        for key, new_UF in (("square", square_UF), ("history", here_UF)):
+            state[key][clusters_U] = torch.lerp(state[key][clusters_U], new_UF, (1 - self.beta) * here_UF)
+        mean_UF = state["square"][clusters_U] / state["history"][clusters_U].clamp(min=1e-12)
+        rate_UF = lr * here_UF / (mean_UF.sqrt() + 1e-12)
+        w = weight[clusters_U].float()
+        w.view_as(g_UFD).mul_(1 - lr * decay * here_UF[..., None]).addcmul_(g_UFD, rate_UF[..., None], value=-1)
+        weight[clusters_U] = round_stochastically(w) if weight.dtype == torch.bfloat16 else w
+
+    def load_state_dict(self, state_dict: dict) -> None:
+        super().load_state_dict(state_dict)  # which turns everything to the type of the weights
+        for weight, saved in zip(self.state, state_dict["state"].values(), strict=True):
+            self.state[weight] = {key: value.to(weight.device) for key, value in saved.items()}
 
 
 class Batches:
@@ -100,21 +152,9 @@ def predict_rankings(model: model_stage.Cascade, batch: data_stage.Batch, k: int
     return {key: value.cpu().numpy() for key, value in found.items()}
 
 
-def over_split(model: model_stage.Cascade, data: data_stage.Data, name: str, max_len: int, batch_size: int,
-               predict: Callable[[data_stage.Batch], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """Apply `predict`, which gives arrays with a row per document, to a whole split; rows in the corpus' order."""
-    model.eval()
-    order = np.argsort(np.diff(data.splits[name].offsets), kind="stable")
-    device = model.slot_to_label.device
-    parts = [predict(data.batch(name, order[i : i + batch_size], max_len).to(device))
-             for i in range(0, len(order), batch_size)]
-    back = np.argsort(order)
-    return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
-
-
 def validate(model: model_stage.Cascade, data: data_stage.Data, config: Config) -> dict:
     """{"P": {ranking: [P@1, P@3, P@5]}, "recall": shortlist recall per level}, in percent, on the validation split."""
-    found = over_split(model, data, "val", config.max_len, 2 * config.batch_size,
+    found = artifacts.over_split(model, data, "val", config.max_len, 2 * config.batch_size,
                        lambda batch: predict_rankings(model, batch, 5))
     split = data.splits["val"]
     labelled = max(1, int(np.count_nonzero(np.diff(split.label_offsets))))
@@ -131,22 +171,6 @@ def lr_scale(step: int, total: int, warmup: int) -> float:
     return min((step + 1) / max(1, warmup), 1.0, (total - step) / max(1, total // 5))
 
 
-def choose_amp(model: model_stage.Cascade, batch: data_stage.Batch) -> str:
-    """bf16 or fp16 on a GPU; on a CPU bf16 only if a forward and backward pass of the encoder is faster so."""
-    if batch.ids_BT.is_cuda:
-        return "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
-    seconds = {"off": [], "bf16": []}
-    for _ in range(4):
-        for model.amp, times in seconds.items():
-            start = time.perf_counter()
-            sum(x_BD.sum() for x_BD in model.features(batch)).backward()
-            times.append(time.perf_counter() - start)
-    model.zero_grad()
-    fp32, bf16 = (float(np.median(times[1:])) for times in seconds.values())  # the first pass sets things up
-    print(f"precision: one batch takes {1000 * fp32:.0f} ms in fp32 and {1000 * bf16:.0f} ms in bf16")
-    return "bf16" if bf16 < fp32 else "off"
-
-
 def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[[dict], None],
         after_epoch: Callable[[int, dict], None] = lambda epoch, state: None, state: dict | None = None) -> None:
     """Train any module with loss(batch) -> (losses (levels,), surplus ()) and param_groups(lr, lr_encoder).
@@ -154,21 +178,25 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
     `log` gets a record per interval; `after_epoch(epochs done, state)` all that has to be saved to go on: given back as
     `state`, training goes on as if it had never stopped. UserError when the loss is no longer finite."""
     device = next(model.parameters()).device
-    optimizer = torch.optim.AdamW(model.param_groups(config.lr, config.lr_encoder), fused=True, betas=(0.9, 0.99))
+    groups = model.param_groups(config.lr, config.lr_encoder)
+    dense, rows = ([group for group in groups if group["rows"] is kind] for kind in (False, True))
+    optimizers = [torch.optim.AdamW(dense, fused=True, betas=(0.9, 0.99))]
+    optimizers += [RowAdam(rows, accumulated=config.accumulate > 1)] if rows else []
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    peak_lr = [group["lr"] for group in optimizer.param_groups]
+    peak_lr = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    clipped = [parameter for group in dense for parameter in group["params"]]
     per_epoch = -(-len(batches) // config.accumulate)
     total, epochs_done = per_epoch * config.epochs, 0
     warmup, interval = min(per_epoch, total // 10), max(1, total // INTERVALS)
     if state:
         model.load_state_dict(state["model"])
-        optimizer.load_state_dict(state["optimizer"])
+        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
         scaler.load_state_dict(state["scaler"])
-        torch.set_rng_state(state["random"])
-        if "random_cuda" in state and device.type == "cuda":
-            torch.cuda.set_rng_state(state["random_cuda"])
+        artifacts.set_random(state["random"])
         epochs_done = state["epochs_done"]
 
+    every_group = [group for optimizer in optimizers for group in optimizer.param_groups]
     step = epochs_done * per_epoch
     for epoch in range(epochs_done, config.epochs):
         model.train()
@@ -181,90 +209,59 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
             sums, seen = sums + torch.cat([losses.detach(), surplus.view(1)]), seen + 1
             if (i + 1) % config.accumulate and i + 1 < len(batches):
                 continue
-            for group, lr in zip(optimizer.param_groups, peak_lr, strict=True):
+            for group, lr in zip(every_group, peak_lr, strict=True):
                 group["lr"] = lr * lr_scale(step, total, warmup)
-            scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(model.parameters(), CLIP)
-            scaler.step(optimizer)
+            for optimizer in optimizers:
+                scaler.unscale_(optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
+            for optimizer in optimizers:
+                scaler.step(optimizer)
+                optimizer.zero_grad()
             scaler.update()
-            optimizer.zero_grad()
             step += 1
             if step % interval == 0 or step % per_epoch == 0:
                 *losses, surplus = sums.tolist()
-                record = {"epoch": epoch + 1, "step": step, "loss": [loss / seen for loss in losses],
+                record = {"epoch": epoch + 1, "step": step, "total": total, "loss": [loss / seen for loss in losses],
                           "surplus": int(surplus), "lr": peak_lr[-1] * lr_scale(step - 1, total, warmup),
                           "grad_norm": float(norm.nan_to_num()), "batches_per_s": seen / (time.perf_counter() - start)}
-                log(record | {"total": total})
+                log(record)
                 if not np.isfinite(record["loss"]).all():
                     raise UserError(f"the loss is no longer finite (step {step}): lower --lr or --lr-encoder; "
                                     f"the artifacts of {epoch} finished epochs are as they were")
                 sums, seen, start = 0.0, 0, time.perf_counter()
-        state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "scaler": scaler.state_dict(),
-                 "epochs_done": epoch + 1, "random": torch.get_rng_state()}
-        if device.type == "cuda":
-            state["random_cuda"] = torch.cuda.get_rng_state()
-        after_epoch(epoch + 1, state)
-
-
-def progress(record: dict, config: Config) -> str:
-    """The line that a person reads for a record of `fit`."""
-    rate = record["batches_per_s"]
-    left = (record["total"] - record["step"]) * config.accumulate / rate
-    return (f"epoch {record['epoch']}/{config.epochs} step {record['step']}/{record['total']}"
-            f"  loss {' '.join(f'{loss:.2f}' for loss in record['loss'])}  lr {record['lr']:.1e}"
-            f"  {rate * config.batch_size:,.0f} documents/s  {left / 60:.1f} min left"
-            + (f"  ({record['surplus']} positive nodes beyond k)" if record["surplus"] else ""))
+        after_epoch(epoch + 1, {
+            "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+            "scaler": scaler.state_dict(), "epochs_done": epoch + 1, "random": artifacts.get_random()})
 
 
 def load(folder: str | Path, data: data_stage.Data) -> tuple[model_stage.Cascade, Config, str]:
     """(model, its settings, the ranking chosen on validation) from RUN/model.pt; needs no hub."""
     content, _ = load_pt(Path(folder) / "model.pt")
     config = Config(run=str(folder), **content["config"])
-    encoder = dict(content["encoder"])
-    backbone = AutoModel.from_config(AutoConfig.for_model(encoder.pop("model_type"), **encoder))
-    model = model_stage.build(data, tree_stage.load(folder), config, backbone)
+    model = model_stage.build(data, tree_stage.load(folder), config, artifacts.bare_encoder(content["encoder"]))
     model.load_state_dict(content["model"])
     model.amp = config.amp
     return model, config, content["ranking"]
-
-
-def refuse_unfinished(path: Path) -> None:
-    """UserError when starting over would overwrite the checkpoint of a run that could still go on."""
-    try:
-        state, _ = load_pt(path)
-    except UserError:
-        return  # damaged, or of other data: nothing can go on from it
-    if state["epochs_done"] < state["config"]["epochs"]:
-        raise UserError(f"{path} is of a run that stopped after epoch {state['epochs_done']} of "
-                        f"{state['config']['epochs']}: go on with --resume, or delete it to start over")
 
 
 def run(config: Config) -> None:
     out = Path(config.run)
     data, tree = data_stage.load(out), tree_stage.load(out)
     for recipes in (model_stage.RECIPES, RECIPES):
-        config = settle(config, recipes, data.meta["encoder"])
-    if config.amp not in ("auto", "bf16", "fp16", "off"):
-        raise UserError(f"--amp {config.amp}: expected bf16, fp16, off or auto")
+        config = artifacts.settle(config, recipes, data.meta["encoder"])
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, state = model_stage.build(data, tree, config).to(device), None
     config = replace(config, topk=",".join(map(str, model.topk)),
                      layers=",".join("+".join(map(str, group)) for group in model.layers))
     if config.resume:
-        state, _ = load_pt(out / "checkpoint.pt")
-        config = replace(config, amp=state["config"]["amp"] if config.amp == "auto" else config.amp)
-        for key, before in state["config"].items():
-            if getattr(config, key) != before:
-                raise UserError(f"--resume: {out}/checkpoint.pt was made with {key}={before}, not "
-                                f"{getattr(config, key)}; give the same settings, or start over without --resume")
-        keep_log(out / "log.jsonl", state["epochs_done"])
+        state = artifacts.load_checkpoint(out / "checkpoint.pt", config)
+        config = replace(config, **state["config"])
+        artifacts.keep_log(out / "log.jsonl", state["epochs_done"])
         print(f"going on after epoch {state['epochs_done']} of {config.epochs}")
-    elif (out / "checkpoint.pt").exists():
-        refuse_unfinished(out / "checkpoint.pt")
+    else:
+        artifacts.refuse_unfinished(out / "checkpoint.pt")
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
-    if config.amp == "auto":
-        config = replace(config, amp=choose_amp(model, next(batches(0)).to(device)))
-    model.amp = config.amp
+    config = replace(config, amp=artifacts.choose_amp(config.amp, model, next(batches(0)).to(device)))
     torch.manual_seed(config.seed)
     print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()))
     best = state["best"] if state else -1.0
@@ -275,7 +272,7 @@ def run(config: Config) -> None:
             log_file.write(json.dumps(record) + "\n")
             log_file.flush()
             if "loss" in record:
-                print(progress(record, config), flush=True)
+                print(artifacts.progress(record, config), flush=True)
 
         def after_epoch(epoch: int, state: dict) -> None:
             nonlocal best
@@ -296,4 +293,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    main(run, Config, __doc__)
+    artifacts.main(run, Config, __doc__)

@@ -27,7 +27,7 @@ from scipy.sparse import csr_matrix
 from tqdm import tqdm
 from transformers import AutoTokenizer
 
-from artifacts import UserError, flag, main, positive, save_npz
+from artifacts import UserError, flag, main, over_split, positive, save_npz
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -126,6 +126,23 @@ def nearest_neighbours(train: data_stage.Split, split: data_stage.Split, vocab: 
     return labels
 
 
+@torch.no_grad()
+def predict_exact(model: model_stage.Cascade, batch: data_stage.Batch, k: int, ranking: str,
+                  chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
+    """As model.predict, but with every label scored: `chunk` leaf clusters at a time and a running top k."""
+    features, scores, best = model.features(batch), None, None
+    for head, x_BD in zip(model.heads[:-1], features, strict=False):
+        scores = model_stage.rank(head.block(x_BD), scores)
+    for start in range(0, model.counts[-2], chunk):
+        part = slice(start, start + chunk)
+        labels_S = model.slot_to_label.view(model.counts[-2], -1)[part].flatten()
+        score_BS = model_stage.rank(model.heads[-1].block(features[-1], part),
+                                    {name: score_BC[:, part] for name, score_BC in scores.items()})[ranking]
+        found = labels_S.expand(score_BS.shape), score_BS.masked_fill(labels_S < 0, -torch.inf)
+        best = model_stage.best_k(*(torch.cat(pair, 1) for pair in zip(best, found, strict=True)) if best else found, k)
+    return best
+
+
 def run(config: Config) -> None:
     if config.split not in ("train", "val", "test"):
         raise UserError(f"--split {config.split}: expected test, val or train")
@@ -144,20 +161,20 @@ def run(config: Config) -> None:
     def predict_beam(batch: data_stage.Batch) -> dict[str, np.ndarray]:
         return train_stage.predict_rankings(model, batch, k)
 
-    def predict_exact(batch: data_stage.Batch) -> dict[str, np.ndarray]:
-        labels, scores = model.predict_exact(batch, k, ranking)
+    def every_label(batch: data_stage.Batch) -> dict[str, np.ndarray]:
+        labels, scores = predict_exact(model, batch, k, ranking)
         return {"labels": labels.cpu().numpy(), "scores": scores.cpu().numpy()}
 
     def timed(predict) -> tuple[dict[str, np.ndarray], float]:
         predict(data.batch(config.split, np.arange(1), trained.max_len).to(device))  # what is set up only once
         start = time.perf_counter()
-        found = train_stage.over_split(model, data, config.split, trained.max_len, config.batch_size, predict)
+        found = over_split(model, data, config.split, trained.max_len, config.batch_size, predict)
         return found, len(split) / (time.perf_counter() - start)
 
     beam, beam_rate = timed(predict_beam)
     labels, scores = beam[f"labels {ranking}"], beam[f"scores {ranking}"]
     if config.exact:
-        exact, exact_rate = timed(predict_exact)
+        exact, exact_rate = timed(every_label)
         same = (exact["labels"][:, :5] == labels[:, :5]).all(axis=1).mean()
         labels, scores = exact["labels"], exact["scores"]
     save_npz(Path(config.run) / "predictions.npz", config,

@@ -9,6 +9,7 @@ import argparse
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import pickle
 import sys
@@ -22,6 +23,16 @@ import numpy as np
 import scipy
 import torch
 import transformers
+from transformers import (
+    AttentionInterface,
+    AttentionMaskInterface,
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    PreTrainedModel,
+)
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.masking_utils import sdpa_mask
 
 FORMAT = 1
 MADE_BY = {
@@ -105,6 +116,134 @@ def pretrained(kind: Any, name: str) -> Any:
     except (OSError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--encoder {name}: no such folder, and not to be had from the hub ({reason})") from error
+
+
+def tiny_bert(depth: int, width: int, meta: dict) -> PreTrainedModel:
+    """A small BERT to be trained from scratch, without dropout: the heads have theirs. `meta` is that of data.npz."""
+    return AutoModel.from_config(BertConfig(
+        vocab_size=meta["vocab_size"], pad_token_id=meta["pad"], type_vocab_size=1, num_hidden_layers=depth,
+        hidden_size=width, intermediate_size=2 * width, num_attention_heads=math.gcd(width, max(1, width // 64)),
+        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
+
+
+def bare_encoder(config: dict) -> PreTrainedModel:
+    """An encoder from its stored configuration, without weights; needs no hub."""
+    config = dict(config)
+    return AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+
+
+def without_waiting(backbone: PreTrainedModel) -> PreTrainedModel:
+    """The same encoder, with an attention mask for every batch. By itself the library asks the device first whether
+    anything is padded, and a GPU's queue runs empty meanwhile."""
+    if backbone.config._attn_implementation == "sdpa":
+        AttentionInterface.register("sdpa_masked", sdpa_attention_forward)
+        AttentionMaskInterface.register("sdpa_masked", _always_a_mask)
+        backbone.set_attn_implementation("sdpa_masked")
+    return backbone
+
+
+def _always_a_mask(*args, **kwargs) -> torch.Tensor:
+    return sdpa_mask(*args, **kwargs | {"allow_is_bidirectional_skip": False})
+
+
+def positions(backbone: PreTrainedModel) -> float:
+    """Most tokens of a document that the encoder has positions for; RoBERTa and MPNet count from behind their padding
+    id."""
+    table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
+    first = -1 if getattr(table, "padding_idx", None) is None else table.padding_idx
+    return (getattr(backbone.config, "max_position_embeddings", None) or math.inf) - first - 1
+
+
+def in_turn(passes: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """{name: median seconds}: the passes run in turn, so that what else the machine does hits all alike; the first
+    round, which sets things up, is not counted. A GPU's work is waited for."""
+    seconds: dict[str, list[float]] = {name: [] for name in passes}
+    for _ in range(rounds + 1):
+        for name, run in passes.items():
+            start = time.perf_counter()
+            run()
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: float(np.median(times[1:])) for name, times in seconds.items()}
+
+
+def choose_amp(amp: str, model: Any, batch: Any) -> str:
+    """Set model.amp, and return it: 'auto' is bf16 or fp16 on a GPU; on a CPU bf16 only if a forward and backward pass
+    of the encoder is faster so."""
+
+    def encode(amp: str) -> None:
+        model.amp = amp
+        sum(x_BD.sum() for x_BD in model.features(batch)).backward()
+
+    if amp not in ("auto", "bf16", "fp16", "off"):
+        raise UserError(f"--amp {amp}: expected bf16, fp16, off or auto")
+    if amp == "auto" and batch.ids_BT.is_cuda:
+        amp = "bf16" if torch.cuda.is_bf16_supported(including_emulation=False) else "fp16"
+    elif amp == "auto":
+        seconds = in_turn({"off": lambda: encode("off"), "bf16": lambda: encode("bf16")}, rounds=3)
+        model.zero_grad()
+        fp32, bf16 = (1000 * seconds[amp] for amp in ("off", "bf16"))
+        print(f"precision: one batch takes {fp32:.0f} ms in fp32 and {bf16:.0f} ms in bf16")
+        amp = "bf16" if bf16 < fp32 else "off"
+    model.amp = amp
+    return amp
+
+
+def progress(record: dict, config: Any) -> str:
+    """The line that a person reads for a record of `fit`."""
+    rate = record["batches_per_s"]
+    left = (record["total"] - record["step"]) * config.accumulate / rate
+    return (f"epoch {record['epoch']}/{config.epochs} step {record['step']}/{record['total']}"
+            f"  loss {' '.join(f'{loss:.2f}' for loss in record['loss'])}  lr {record['lr']:.1e}"
+            f"  {rate * config.batch_size:,.0f} documents/s  {left / 60:.1f} min left"
+            + (f"  ({record['surplus']} positive nodes beyond k)" if record["surplus"] else ""))
+
+
+def load_checkpoint(path: Path, config: Any) -> dict:
+    """The checkpoint to go on from; UserError unless it was made with these settings."""
+    state, _ = load_pt(path)
+    for key, before in state["config"].items():
+        if getattr(config, key) not in (before, "auto"):
+            raise UserError(f"--resume: {path} was made with {key}={before}, not {getattr(config, key)}; "
+                            "give the same settings, or start over without --resume")
+    return state
+
+
+def refuse_unfinished(path: Path) -> None:
+    """UserError when starting over would overwrite the checkpoint of a run that could still go on."""
+    try:
+        state, _ = load_pt(path)
+    except UserError:
+        return  # none, or damaged, or of other data: nothing can go on from it
+    if state["epochs_done"] < state["config"]["epochs"]:
+        raise UserError(f"{path} is of a run that stopped after epoch {state['epochs_done']} of "
+                        f"{state['config']['epochs']}: go on with --resume, or delete it to start over")
+
+
+def over_split(model: Any, data: Any, name: str, max_len: int, batch_size: int,
+               predict: Callable[[Any], dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
+    """Apply `predict`, which gives arrays with a row per document, to a whole split; rows in the corpus' order."""
+    model.eval()
+    order = np.argsort(np.diff(data.splits[name].offsets), kind="stable")
+    device = model.slot_to_label.device
+    parts = [predict(data.batch(name, order[i : i + batch_size], max_len).to(device))
+             for i in range(0, len(order), batch_size)]
+    back = np.argsort(order)
+    return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
+
+
+def get_random() -> dict[str, torch.Tensor]:
+    """State of torch's generators, the GPU's too where there is one."""
+    on_gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
+    return {"cpu": torch.get_rng_state()} | on_gpu
+
+
+def set_random(state: dict[str, torch.Tensor]) -> None:
+    """Give the generators the state that get_random returned."""
+    torch.set_rng_state(state["cpu"])
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["cuda"])
 
 
 def keep_log(path: Path, epochs: int) -> None:

@@ -7,7 +7,9 @@ import transformers
 from conftest import stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from torch.utils._python_dispatch import TorchDispatchMode
 
+import artifacts
 from artifacts import UserError
 
 model_stage = stages.model
@@ -61,8 +63,8 @@ def test_targets_and_shortlist_equal_brute_force(n_parents, fan, k, seed):
     positive = [set(rng.choice(n_parents * fan, rng.integers(0, n_parents * fan + 1), replace=False)) for _ in range(3)]
     pairs = [(b, node) for b in range(3) for node in positive[b] for _ in range(2)]  # a node may come twice
     doc, node = (torch.tensor([pair[i] for pair in pairs], dtype=torch.int64) for i in (0, 1))
-    targets = model_stage.match(node, doc, torch.from_numpy(parents), n_parents, fan)
-    candidates = model_stage.expand(torch.from_numpy(parents), fan)
+    targets = stages.tree.match(node, doc, torch.from_numpy(parents), fan)
+    candidates = stages.tree.expand(torch.from_numpy(parents), fan)
     for b in range(3):
         children = [p * fan + i for p in parents[b] for i in range(fan)]
         assert candidates[b].tolist() == children
@@ -77,17 +79,83 @@ def test_targets_and_shortlist_equal_brute_force(n_parents, fan, k, seed):
             assert sorted(picked[b].tolist()) == sorted(best)
 
 
-def test_a_gather_and_a_product_give_the_same_logits():
-    head = model_stage.Head(8, 3, 16)
-    torch.nn.init.normal_(head.weight)
-    x, clusters = torch.randn(2, 16), torch.tensor([[1, 7], [3, 0]])
-    gathered, product = head(x, clusters), head(x, clusters.repeat(1, 2))
-    everything = head(x)
-    assert clusters.numel() < 8 <= clusters.repeat(1, 2).numel()
-    torch.testing.assert_close(gathered, product[:, :2])
-    for b in range(2):
-        torch.testing.assert_close(gathered[b], everything[b, clusters[b]])
-        torch.testing.assert_close(gathered[b], head.weight[clusters[b]] @ x[b] + head.bias[clusters[b]])
+@pytest.mark.parametrize("wait", [True, False])
+@settings(max_examples=30, deadline=None)
+@given(n_clusters=st.integers(1, 9), k=st.integers(1, 9), seed=st.integers(0, 999))
+def test_the_touched_clusters(wait, n_clusters, k, seed):
+    """Each once, those that occur first, found again by place; without waiting as many as there can be."""
+    shortlists = torch.from_numpy(np.random.default_rng(seed).integers(0, n_clusters, (3, k)))
+    found, place = model_stage.touched(shortlists, n_clusters, wait)
+    occur = sorted(set(shortlists.flatten().tolist()))
+    assert found[: len(occur)].tolist() == occur and len(set(found.tolist())) == len(found)
+    assert len(found) == (len(occur) if wait else min(3 * k, n_clusters))
+    assert torch.equal(found[place], shortlists)
+
+
+@pytest.mark.parametrize("wait", [True, False])
+def test_a_sparse_head_equals_a_dense_one(wait, monkeypatch):
+    touched = model_stage.touched
+    monkeypatch.setattr(model_stage, "touched", lambda clusters, n, **_: touched(clusters, n, wait))
+    dense, sparse = model_stage.Head(30, 3, 16).double(), model_stage.Head(30, 3, 16, sparse=True).double()
+    torch.nn.init.normal_(dense.weight)
+    sparse.load_state_dict(dense.state_dict())
+    clusters, grads = torch.tensor([[1, 7, 4], [3, 7, 29]]), {}
+    for name, head in (("dense", dense), ("sparse", sparse)):
+        x = torch.randn(2, 16, dtype=torch.float64, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        for _ in range(2):  # gradients of several batches add up
+            logits = head(x, clusters)
+            logits.pow(2).sum().backward()
+        grads[name] = logits, x.grad, head.weight.grad, head.bias.grad
+        for b in range(2):
+            torch.testing.assert_close(logits[b], head.weight[clusters[b]] @ x[b] + head.bias[clusters[b]])
+    assert grads["sparse"][2].is_sparse and grads["sparse"][3].is_sparse
+    for expected, found in zip(grads["dense"], grads["sparse"], strict=True):
+        torch.testing.assert_close(found.to_dense(), expected)
+
+
+class Watch(TorchDispatchMode):
+    """Notes every operation that makes the computer wait for a GPU, and the size of the largest tensor made."""
+
+    def __init__(self):
+        super().__init__()
+        self.waits, self.largest = [], 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        name = str(func)
+        if any(part in name for part in ("_local_scalar_dense", "nonzero", "unique", "masked_select", "equal.default")):
+            self.waits.append(name)
+        old = {x.data_ptr() for x in args if isinstance(x, torch.Tensor) and not x.is_sparse}
+        for tensor in result if isinstance(result, tuple | list) else (result,):
+            if isinstance(tensor, torch.Tensor) and not tensor.is_sparse and tensor.data_ptr() not in old:
+                self.largest = max(self.largest, tensor.numel())
+        return result
+
+
+def test_a_step_waits_for_nothing(monkeypatch):
+    touched = model_stage.touched
+    model, (batch, _) = make_model().train(), make_batch()
+    optimizer = stages.train.RowAdam([{"params": list(model.heads[2].parameters())}], accumulated=False)
+    monkeypatch.setattr(model_stage, "touched", lambda clusters, n, **_: touched(clusters, n, wait=False))
+    with Watch() as watch:
+        model.loss(batch)[0].sum().backward()
+        optimizer.step()
+    assert watch.waits == []
+    monkeypatch.setattr(model_stage, "touched", touched)
+    with Watch() as watch:
+        model.loss(batch)
+    assert watch.waits == ["aten._local_scalar_dense.default"]  # on a CPU, to know how many are touched
+
+
+def test_a_step_makes_nothing_bigger_than_the_touched_clusters():
+    head = model_stage.Head(500, 3, 64, sparse=True)
+    clusters = torch.stack([torch.randperm(20)[:16] for _ in range(6)])
+    optimizer = stages.train.RowAdam([{"params": list(head.parameters())}], accumulated=False)
+    with Watch() as watch:
+        head(torch.randn(6, 64, requires_grad=True), clusters).sum().backward()
+        optimizer.step()
+    assert watch.largest == 20 * 3 * 64 < 6 * 16 * 3 * 64  # (U, F, D), not (B, K, F, D) or (C, F, D)
+    assert head.weight.grad._values().shape == (20, 3, 64)
 
 
 def dense_loss(model, batch, labels):
@@ -125,7 +193,7 @@ def test_loss_and_gradients_equal_a_dense_masked_one_vs_all(topk):
                             torch.autograd.grad(expected.sum(), parameters, allow_unused=True), strict=True):
         assert (ours is None) == (theirs is None)
         if ours is not None:
-            torch.testing.assert_close(ours, theirs)
+            torch.testing.assert_close(ours.to_dense(), theirs)
 
 
 def test_positives_are_always_among_the_candidates_unless_they_exceed_k():
@@ -145,7 +213,7 @@ def test_the_full_beam_equals_scoring_every_label():
     model, (batch, _) = make_model((4, 16)), make_batch()
     for ranking in model_stage.RANKINGS:
         for chunk in (3, 16, 100):
-            exact = model.predict_exact(batch, 43, ranking, chunk)
+            exact = stages.eval.predict_exact(model, batch, 43, ranking, chunk)
             beam = model.predict(batch, 43, ranking)
             assert torch.equal(exact[0], beam[0])
             torch.testing.assert_close(exact[1], beam[1])
@@ -183,10 +251,10 @@ def test_empty_slots_get_no_gradient_and_are_never_predicted():
     losses.sum().backward()
     empty = model.slot_to_label < 0
     assert empty.sum() == 5
-    assert (model.heads[2].weight.grad.flatten(0, 1)[empty] == 0).all()
-    assert (model.heads[2].bias.grad.flatten()[empty] == 0).all()
-    assert (model.heads[2].bias.grad.flatten()[~empty] != 0).all()
-    for labels, scores in (model.predict(batch, 48), model.predict_exact(batch, 48, "path")):
+    assert (model.heads[2].weight.grad.to_dense().flatten(0, 1)[empty] == 0).all()
+    assert (model.heads[2].bias.grad.to_dense().flatten()[empty] == 0).all()
+    assert (model.heads[2].bias.grad.to_dense().flatten()[~empty] != 0).all()
+    for labels, scores in (model.predict(batch, 48), stages.eval.predict_exact(model, batch, 48, "path")):
         assert (labels[:, :43] >= 0).all() and (labels[:, 43:] == -1).all()
         assert (scores[:, 43:] == -torch.inf).all()
         assert all(sorted(row) == list(range(43)) for row in labels[:, :43].tolist())
@@ -201,11 +269,14 @@ def test_a_batch_without_any_labels_trains():
 
 def test_one_batch_is_learnt_by_heart():
     model, (batch, labels) = make_model((2, 8)).train(), make_batch(labels=[[0, 7], [1], [2, 30, 41], [3], [4], [5]])
-    optimizer = torch.optim.AdamW(model.param_groups(1e-2, 1e-2))
+    groups = model.param_groups(1e-2, 1e-2)
+    optimizers = [torch.optim.AdamW([group for group in groups if not group["rows"]]),
+                  stages.train.RowAdam([group for group in groups if group["rows"]], accumulated=False)]
     for _ in range(150):
-        optimizer.zero_grad()
+        model.zero_grad()
         model.loss(batch)[0].sum().backward()
-        optimizer.step()
+        for optimizer in optimizers:
+            optimizer.step()
     for ranking in model_stage.RANKINGS:
         predicted, _ = model.eval().predict(batch, 3, ranking)
         for row, mine in zip(predicted.tolist(), labels, strict=True):
@@ -292,7 +363,7 @@ def test_defaults_fit_any_number_of_labels(done, n_labels):
     tree = stages.tree.Tree(stages.tree.lay_out(np.arange(n_labels), bounds), levels)
     config = model_stage.Config(max_len=16, pooling="mean", tiny="1,24")
     loaded = stages.data.load(done)
-    encoder = model_stage.tiny_backbone(loaded, config).half()
+    encoder = artifacts.tiny_bert(1, 24, loaded.meta).half()
     model = model_stage.build(loaded, tree, config, encoder).eval()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     batch, _ = make_batch(labels=[[0], [n_labels - 1], [], [], [], []])

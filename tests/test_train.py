@@ -38,13 +38,83 @@ def test_learning_rate_rises_stays_and_falls():
     assert scales[80:] == pytest.approx([1 - i / 20 for i in range(20)])
 
 
+def sparse_gradient(shape, clusters, seed):
+    """A gradient as Head gives it: the clusters named, in no order, a row in three without any gradient."""
+    values = torch.randn(len(clusters), *shape[1:], generator=torch.Generator().manual_seed(seed))
+    values[:, 2] = 0
+    return torch.sparse_coo_tensor(torch.tensor([clusters]), values, shape, check_invariants=False)
+
+
+@pytest.mark.parametrize(("shape", "decay"), [((9, 3, 5), 0.1), ((9, 3), 0.0)])
+def test_row_adam_equals_a_loop_over_rows(monkeypatch, shape, decay):
+    monkeypatch.setattr(train, "CHUNK", 2)
+    lr, beta = 0.1, 0.9
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(9))
+    weight = torch.nn.Parameter(start.clone())
+    optimizer = train.RowAdam([{"params": [weight], "lr": lr, "weight_decay": decay}], accumulated=False, beta=beta)
+    expected, history = start.double().view(9, 3, -1), {}
+    steps = [[4, 0, 7], [7, 1], [0, 7, 2, 4]]
+    for seed, clusters in enumerate(steps):
+        weight.grad = sparse_gradient(shape, clusters, seed)
+        optimizer.step()
+        dense = weight.grad.to_dense().double().view(9, 3, -1)
+        for row in [(cluster, i) for cluster in clusters for i in range(2)]:
+            squares = history.setdefault(row, [])
+            squares.append(float(dense[row].square().mean()))
+            # Adam's second moment without its bias: the weighted mean of the squares so far.
+            share = np.array([beta ** (len(squares) - 1 - i) for i in range(len(squares))])
+            mean = float((share * squares).sum() / share.sum())
+            expected[row] -= lr * (dense[row] / mean**0.5 + decay * expected[row])
+    torch.testing.assert_close(weight.detach().double().view(9, 3, -1), expected, rtol=1e-5, atol=1e-6)
+    untouched = [3, 5, 6, 8]
+    assert torch.equal(weight[untouched], start[untouched]) and torch.equal(weight[:, 2], start[:, 2])
+    assert {value.shape for value in optimizer.state[weight].values()} == {(9, 3)}
+
+
+def test_row_adam_adds_up_what_was_accumulated():
+    results = []
+    for accumulated in (True, False):
+        weight = torch.nn.Parameter(torch.zeros(9, 3, 5))
+        parts = [sparse_gradient(weight.shape, clusters, seed) for seed, clusters in ((0, [4, 1]), (1, [1, 8]))]
+        weight.grad = parts[0] + parts[1] if accumulated else (parts[0] + parts[1]).coalesce()
+        assert len(weight.grad._indices()[0]) == (4 if accumulated else 3)
+        train.RowAdam([{"params": [weight]}], accumulated).step()
+        results.append(weight.detach())
+    assert torch.equal(*results) and results[0][1].abs().sum() > 0
+
+
+def test_bf16_keeps_small_updates_only_when_rounded_stochastically():
+    """A thousand steps of 1e-4 from 1: rounded to the nearest not one is kept, at random all are, on average."""
+    nearest, stochastic = torch.ones(2, 2, 4096).bfloat16()
+    torch.manual_seed(0)
+    for _ in range(1000):
+        nearest = (nearest.float() - 1e-4).bfloat16()
+        stochastic = train.round_stochastically(stochastic.float() - 1e-4)
+    assert (nearest == 1).all()
+    assert stochastic.float().mean().item() == pytest.approx(0.9, abs=0.002)
+    exact = torch.randn(4096).bfloat16()
+    assert torch.equal(train.round_stochastically(exact.float()), exact)
+
+
+def test_row_adam_trains_bf16_rows_below_their_resolution():
+    weight = torch.nn.Parameter(torch.ones(4, 3, 256, dtype=torch.bfloat16))
+    optimizer = train.RowAdam([{"params": [weight], "lr": 1e-4}], accumulated=False)
+    torch.manual_seed(0)
+    for _ in range(500):
+        weight.grad = torch.sparse_coo_tensor(torch.tensor([[2]]), torch.ones(1, 3, 256).bfloat16(), weight.shape,
+                                              check_invariants=False)
+        optimizer.step()
+    assert weight[2].float().mean().item() == pytest.approx(0.95, abs=0.005) and (weight[[0, 1, 3]] == 1).all()
+    assert {value.dtype for value in optimizer.state[weight].values()} == {torch.float32}
+
+
 def test_two_accumulated_halves_make_one_batch(done):
     loaded = stages.data.load(done)
     results = []
     for size, accumulate in ((32, 1), (16, 2)):
-        config = stages.train.settle(config_of(done, batch_size=size, accumulate=accumulate, epochs=1),
+        config = artifacts.settle(config_of(done, batch_size=size, accumulate=accumulate, epochs=1),
                                      train.RECIPES, "tiny")
-        config = stages.train.settle(config, stages.model.RECIPES, "tiny")
+        config = artifacts.settle(config, stages.model.RECIPES, "tiny")
         model = stages.model.build(loaded, stages.tree.load(done), config)
         model.dropout = torch.nn.ModuleList(torch.nn.Identity() for _ in model.heads)
         whole = loaded.batch("train", np.arange(32), 32)
@@ -86,9 +156,17 @@ def without_rates(path):
             for line in path.read_text().splitlines()]
 
 
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, done, monkeypatch):
+@pytest.mark.parametrize("changes", [{}, {"label_bf16": True, "accumulate": 3, "amp": "bf16"}])
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, done, monkeypatch, changes):
     """Stopped in the middle of the second epoch, with a log line half written."""
     fit = train.fit
+    if changes:  # a whole run of its own to compare with
+        whole = tmp_path / "whole"
+        whole.mkdir()
+        for name in ("data.npz", "tree.npz"):
+            (whole / name).write_bytes((done / name).read_bytes())
+        train.run(config_of(whole, **changes))
+        done = whole
 
     def interrupted(model, batches, config, log, after_epoch, state):
         def stop(record):
@@ -100,18 +178,19 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, do
 
     monkeypatch.setattr(train, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
-        train.run(config_of(tmp_path))
+        train.run(config_of(tmp_path, **changes))
     monkeypatch.setattr(train, "fit", fit)
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"epoch": 2, "st')
     with pytest.raises(UserError, match="made with lr=.*, not 1"):
-        train.run(config_of(tmp_path, resume=True, lr=1.0))
+        train.run(config_of(tmp_path, resume=True, **changes, lr=1.0))
     with pytest.raises(UserError, match="stopped after epoch 1 of 2: go on with --resume"):
-        train.run(config_of(tmp_path))
-    train.run(config_of(tmp_path, resume=True))
+        train.run(config_of(tmp_path, **changes))
+    train.run(config_of(tmp_path, resume=True, **changes))
     assert artifacts.sha256(tmp_path / "model.pt") == artifacts.sha256(done / "model.pt")
     ours, theirs = (artifacts.load_pt(folder / "checkpoint.pt")[0] for folder in (tmp_path, done))
-    assert plain(ours) == plain(theirs) and set(ours) > {"model", "optimizer", "scaler", "random", "best"}
+    assert plain(ours) == plain(theirs) and set(ours) > {"model", "optimizers", "scaler", "random", "best"}
+    assert {state.dtype for state in ours["optimizers"][1]["state"][0].values()} == {torch.float32}
     assert without_rates(tmp_path / "log.jsonl") == without_rates(done / "log.jsonl")
 
 
@@ -134,7 +213,7 @@ def test_the_best_epoch_is_kept_by_validation(tmp_path, prepared, done, monkeypa
 
 def test_a_loss_that_is_not_finite_stops_the_run(done):
     loaded = stages.data.load(done)
-    config = stages.train.settle(config_of(done), train.RECIPES, "tiny")
+    config = artifacts.settle(config_of(done), train.RECIPES, "tiny")
     model = stages.model.build(loaded, stages.tree.load(done), replace(config, pooling="mean"))
     with torch.no_grad():
         model.heads[0].weight.fill_(torch.nan)
@@ -162,7 +241,7 @@ def test_validation_counts_what_the_metrics_count(done):
     result = train.validate(model, loaded, config)
     split = loaded.splits["val"]
     for ranking in stages.model.RANKINGS:
-        found = train.over_split(model, loaded, "val", config.max_len, 7,
+        found = artifacts.over_split(model, loaded, "val", config.max_len, 7,
                                  lambda batch: train.predict_rankings(model, batch, 5))  # noqa: B023
         metrics = stages.eval.metrics(found[f"labels {ranking}"], split, np.ones(len(loaded.names)))
         assert result["P"][ranking] == pytest.approx([metrics["P"][j - 1] for j in (1, 3, 5)])

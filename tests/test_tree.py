@@ -78,7 +78,7 @@ def test_levels_are_index_arithmetic_over_explicit_child_lists():
     for above, below in zip(depths, depths[1:], strict=False):
         fan = 2 ** (below - above)
         for node, members in enumerate(by_depth[above]):
-            children = stages.model.expand(stages.model.torch.tensor([[node]]), fan)[0].tolist()
+            children = stages.tree.expand(stages.tree.torch.tensor([[node]]), fan)[0].tolist()
             assert sum((by_depth[below][child] for child in children), []) == members
 
 
