@@ -19,6 +19,7 @@ Shapes   N documents, L labels, S slots, V vocabulary, M nodes of a level, E (no
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -26,7 +27,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import csc_matrix, csr_matrix, diags_array
+from scipy.sparse import csc_matrix, csr_matrix, diags_array, vstack
 from torch import Tensor
 from tqdm import tqdm
 
@@ -34,12 +35,15 @@ from artifacts import UserError, flag, int_list, load_npz, main, positive, save_
 
 data_stage = import_module("01_data")
 
+ROWS = 8192  # labels whose features are there uncut, at a time
+
 
 @dataclass(frozen=True)
 class Config:
     run: str = flag("runs/demo", "folder of this run's artifacts")
     levels: str = flag("", "clusters per level, coarse to fine, powers of two such as 64,512 (default: from L)")
     smoothing: float = flag(0.0, "weight of the co-occurring labels' features in a label's own (0: none)")
+    features: int = flag(100, "features to keep per label, the strongest (0: all)")
     iterations: int = flag(8, "2-means iterations per level at most", positive)
     clusters_shown: int = flag(3, "clusters to print")
     seed: int = flag(0, "seed of the 2-means' first centroids")
@@ -73,19 +77,39 @@ def tfidf(split: data_stage.Split, idf_V: np.ndarray | None, vocab: int) -> tupl
     return normalize(X @ diags_array(idf_V)), idf_V
 
 
-def label_features(X_NV: csr_matrix, Y_NL: csr_matrix, smoothing: float = 0.0) -> csr_matrix:
-    """PIFA (L, V): the sum of the TF-IDF rows of a label's documents, at length 1.
+def label_features(X_NV: csr_matrix, Y_NL: csr_matrix, smoothing: float = 0.0, keep: int = 100) -> csr_matrix:
+    """PIFA (L, V): the sum of the TF-IDF rows of a label's documents, cut to its `keep` largest (0: all), at length 1.
 
     With smoothing, the features of labels that occur together are mixed in: Z + smoothing * D^-1 A Z, where A counts
-    the documents that two labels share and D its row sums. A label without documents has an empty row.
+    the documents that two labels share and D its row sums. A label without documents has an empty row. Uncut, the
+    features of a label may be the whole vocabulary; they exist for ROWS labels at a time.
     """
-    Z_LV = normalize(csr_matrix(Y_NL.T @ X_NV))
-    if smoothing:
-        A_LL = csr_matrix(Y_NL.T @ Y_NL)
-        A_LL.setdiag(0)
-        degree_L = np.asarray(A_LL.sum(axis=1)).ravel()
-        Z_LV = normalize(csr_matrix(Z_LV + diags_array(smoothing / np.maximum(degree_L, 1)) @ A_LL @ Z_LV))
-    return Z_LV
+    Y_LN = csr_matrix(Y_NL.T)
+
+    def cut_rows(rows: Callable[[slice], csr_matrix]) -> csr_matrix:
+        parts = [slice(start, start + ROWS) for start in range(0, Y_LN.shape[0], ROWS)]
+        bar = tqdm(parts, desc="label features", unit=f" x {ROWS} labels", disable=None)
+        return vstack([normalize(strongest(normalize(rows(part)), keep)) for part in bar], format="csr")
+
+    def with_neighbours(part: slice) -> csr_matrix:
+        A_RL = csr_matrix(Y_LN[part] @ Y_NL)
+        A_RL.setdiag(0, k=part.start)
+        degree_R = np.asarray(A_RL.sum(axis=1)).ravel()
+        return csr_matrix(Z_LV[part] + diags_array(smoothing / np.maximum(degree_R, 1)) @ A_RL @ Z_LV)
+
+    Z_LV = cut_rows(lambda part: csr_matrix(Y_LN[part] @ X_NV))
+    return cut_rows(with_neighbours) if smoothing else Z_LV
+
+
+def strongest(X: csr_matrix, keep: int) -> csr_matrix:
+    """The `keep` largest entries of each row (0: all); entries are between 0 and 1."""
+    if not keep:
+        return X
+    row = np.repeat(np.arange(X.shape[0]), np.diff(X.indptr))
+    order = np.argsort(row + (1 - X.data.astype(np.float64)) / 2)  # by row, then by falling value, in a single sort
+    kept = order[np.arange(len(order)) - X.indptr[row] < keep]
+    bounds = np.append(0, np.cumsum(np.minimum(np.diff(X.indptr), keep)))
+    return csr_matrix((X.data[kept], X.indices[kept], bounds), shape=X.shape)
 
 
 def halve(bounds: np.ndarray) -> np.ndarray:
@@ -106,7 +130,7 @@ def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations
     needs nothing but a new index pointer.
     """
     sizes = np.diff(bounds)
-    node_L = np.repeat(np.arange(len(sizes)), sizes)
+    node_L = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
     columns = Z[order].tocsc()
     columns.sort_indices()
     entry_node = node_L[columns.indices]
@@ -115,6 +139,7 @@ def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations
     starts[1:] |= entry_node[1:] != entry_node[:-1]
     first = np.flatnonzero(starts)
     node_E = entry_node[first]
+    del entry_node, starts
     blocks = csc_matrix((columns.data, columns.indices, np.append(first, columns.nnz)), shape=(len(order), len(first)))
     sums = csr_matrix(blocks.T)
 
@@ -124,19 +149,20 @@ def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations
     left[position[bounds[:-1]]] = 1
     right[position[np.minimum(bounds[:-1] + 1, bounds[1:] - 1)]] = 1
     middle = halve(bounds)[1::2]
-    for _ in range(iterations):
+    total_E = sums @ np.ones(len(order), Z.dtype)
+    for step in range(iterations):
         # argmax over the two centroids, balanced: the better half by the difference of the cosines goes left.
+        left_E = sums @ left
         gap_E = np.zeros(len(first), Z.dtype)
-        for side, sign in ((left, 1), (right, -1)):
-            centroid_E = sums @ side
-            norm_M = np.sqrt(np.bincount(node_E, centroid_E.astype(np.float64) ** 2, minlength=len(sizes)))
+        for centroid_E, sign in ((left_E, 1), (total_E - left_E if step else sums @ right, -1)):
+            norm_M = np.sqrt(np.bincount(node_E, np.square(centroid_E, dtype=np.float64), minlength=len(sizes)))
             gap_E += sign * centroid_E / np.maximum(norm_M, 1e-12)[node_E].astype(Z.dtype)
         position = np.lexsort((-(blocks @ gap_E), node_L))
         goes_left = np.zeros(len(order), bool)
         goes_left[position] = np.arange(len(order)) < np.repeat(middle, sizes)
-        if np.array_equal(goes_left, left.astype(bool)) and left.sum() + right.sum() == len(order):
+        if step and np.array_equal(goes_left, left.astype(bool)):
             break
-        left, right = goes_left.astype(Z.dtype), (~goes_left).astype(Z.dtype)
+        left = goes_left.astype(Z.dtype)
     return order[position]
 
 
@@ -211,7 +237,7 @@ def run(config: Config) -> None:
     levels = int_list(config.levels, "--levels") if config.levels else choose_levels(n_labels)
     check_levels(levels, n_labels)
     X_NV, _ = tfidf(data.splits["train"], None, data.meta["vocab_size"])
-    Z_LV = label_features(X_NV, data.splits["train"].label_matrix(n_labels), config.smoothing)
+    Z_LV = label_features(X_NV, data.splits["train"].label_matrix(n_labels), config.smoothing, config.features)
     order, bounds = balanced_kmeans(Z_LV, int(math.log2(levels[-1])), config.iterations, config.seed)
     tree = Tree(lay_out(order, bounds), levels)
     save_npz(Path(config.run) / "tree.npz", config,

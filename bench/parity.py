@@ -1,0 +1,78 @@
+"""Does the label level lose accuracy? The same models, their label rows trained in three ways, over several seeds.
+
+    python bench/parity.py                      the demo corpus, three seeds: half an hour on two CPU cores
+    python bench/parity.py --kinds rows,dense --seeds 0 --epochs 1
+
+rows   as shipped: the touched clusters by RowAdam, one second moment per row
+dense  all rows in every step by AdamW, two moments per weight, as the cluster levels
+bf16   as rows, with --label-bf16
+
+Metrics are of the test split, ranked as validation chose, in percent; model and tree of a seed are the same for all.
+"""
+
+import argparse
+from pathlib import Path
+
+import numpy as np
+import torch
+from common import report, stages
+
+from artifacts import over_split
+
+METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")
+build = stages.model.build
+
+
+def build_dense(*args):
+    """The model with a label level that is one more dense level."""
+    model = build(*args)
+    model.heads[-1].sparse = False
+    return model
+
+
+def measure(run: Path, kind: str, seed: int, epochs: int | None) -> list[float]:
+    """Train and test one model."""
+    stages.model.build = build_dense if kind == "dense" else build
+    extra = {"epochs": epochs} if epochs else {}
+    stages.train.run(stages.train.Config(run=str(run), seed=seed, label_bf16=kind == "bf16", **extra))
+    stages.model.build = build
+    data = stages.data.load(run)
+    model, config, ranking = stages.train.load(run, data)
+    train, split = data.splits["train"], data.splits["test"]
+    weight_L = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
+    found = over_split(model, data, "test", config.max_len, 128,
+                       lambda batch: stages.train.predict_rankings(model, batch, 5))
+    values = stages.eval.metrics(found[f"labels {ranking}"], split, weight_L)
+    return [float(values[name][int(k) - 1]) for name, k in (metric.split("@") for metric in METRICS)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--corpus", default="data/debian")
+    parser.add_argument("--runs", default="runs/parity", help="folder for the run folders [runs/parity]")
+    parser.add_argument("--kinds", default="rows,dense,bf16")
+    parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--epochs", type=int, help="[as the recipe says]")
+    parser.add_argument("--out", default="bench/results/parity.json")
+    args = parser.parse_args()
+    torch.set_flush_denormal(True)
+    found: dict[str, list] = {kind: [] for kind in args.kinds.split(",")}
+    for seed in map(int, args.seeds.split(",")):
+        for kind in found:
+            run = Path(args.runs) / f"{kind}-{seed}"
+            stages.data.run(stages.data.Config(run=str(run), corpus=args.corpus, seed=seed))
+            stages.tree.run(stages.tree.Config(run=str(run), seed=seed))
+            found[kind].append(measure(run, kind, seed, args.epochs))
+            (run / "checkpoint.pt").unlink()
+            print(f"seed {seed} {kind}:", dict(zip(METRICS, np.round(found[kind][-1], 2).tolist(), strict=True)))
+    rows = []
+    for kind, table in found.items():
+        for metric, values in zip(METRICS, zip(*table, strict=True), strict=True):
+            rows.append({"what": f"{kind:6} {metric}, mean of {len(values)} seeds; lowest to highest",
+                         "value": f"{np.mean(values):.2f}", "target": f"{min(values):.2f} to {max(values):.2f}",
+                         "seeds": values})
+    report(args.out, args, rows)
+
+
+if __name__ == "__main__":
+    main()
