@@ -80,9 +80,8 @@ def best_k(labels_BK: Tensor, scores_BK: Tensor, k: int) -> tuple[Tensor, Tensor
 
 class Head(nn.Module):
     """A linear classifier per node, stored cluster by cluster: the children of one node are one contiguous block.
-
-    `sparse`, for labels: only the clusters of a batch's shortlists are read, each once, and the gradients of weight and
-    bias are sparse tensors whose values are whole clusters. Cluster levels are small: all nodes are scored."""
+    `sparse`, for labels: only the clusters of a batch's shortlists are read, each once, and gradients are sparse tensors
+    whose values are whole clusters. Cluster levels are small: all nodes are scored."""
 
     def __init__(self, n_clusters: int, fan: int, width: int, sparse: bool = False) -> None:
         super().__init__()
@@ -90,52 +89,55 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.zeros(n_clusters, fan, width))
         self.bias = nn.Parameter(torch.full((n_clusters, fan), -4.0))  # few nodes are positive: start with p = 0.02
 
-    def block(self, x_BD: Tensor, which: slice | Tensor = slice(None)) -> Tensor:
-        """Logits (B, C, F) of the children of the clusters `which`: one product for the whole batch."""
-        weight_CFD, bias_CF = self.weight[which], self.bias[which]
-        logits = x_BD.to(weight_CFD.dtype) @ weight_CFD.flatten(0, 1).T
-        return logits.view(len(x_BD), *bias_CF.shape) + bias_CF
-
     def forward(self, x_BD: Tensor, clusters_BK: Tensor) -> Tensor:
         """Logits (B, K, F) of the children of each document's clusters."""
         if self.sparse:
-            return ShortlistProduct.apply(x_BD, self.weight, self.bias, clusters_BK, self)
-        return self.block(x_BD).gather(1, clusters_BK[..., None].expand(-1, -1, self.bias.shape[1]))
+            return ShortlistProduct.apply(x_BD, self.weight, self.bias, clusters_BK)
+        logits_BCF = product(x_BD, self.weight, self.bias)
+        return logits_BCF.gather(1, clusters_BK[..., None].expand(-1, -1, self.bias.shape[1]))
+
+
+def product(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor) -> Tensor:
+    """Logits (B, C, F): one product for the whole batch, in the precision of the weights."""
+    logits = x_BD.to(weight_CFD.dtype) @ weight_CFD.flatten(0, 1).T
+    return logits.view(len(x_BD), *bias_CF.shape) + bias_CF
 
 
 class ShortlistProduct(torch.autograd.Function):
     """The U clusters that any document of the batch keeps, put together in (U, F, D), are a small dense layer: one
-    product forward, two backward. Autograd's way, a gather of (B, K, F, D) weights and a gradient of that size, added
-    up in one of the size of the whole table, moves many times as much."""
+    product forward, two backward. Autograd's way is a gather of (B, K, F, D) weights, and gradients of that size."""
 
     @staticmethod
-    def forward(ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor, head: Head) -> Tensor:
+    def forward(ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor) -> Tensor:
         clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not x_BD.is_cuda)
         index_BKF = place_BK[..., None].expand(-1, -1, weight.shape[1])
         ctx.save_for_backward(x_BD, weight, clusters_U, index_BKF)
-        return head.block(x_BD, clusters_U).gather(1, index_BKF)
+        part = [table.index_select(0, clusters_U) for table in (weight, bias)]  # many times as fast as weight[clusters_U]
+        return product(x_BD, *part).gather(1, index_BKF)
 
     @staticmethod
     def backward(ctx, dz_BKF: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, weight, clusters_U, index_BKF = ctx.saved_tensors
         dz_BUF = dz_BKF.new_zeros(len(x_BD), len(clusters_U), weight.shape[1]).scatter_add_(1, index_BKF, dz_BKF)
-        dz_BR = dz_BUF.flatten(1).to(weight.dtype)  # R = U * F rows
-        dx_BD = (dz_BR @ weight[clusters_U].flatten(0, 1)).to(x_BD.dtype)
+        dz_BR = dz_BUF.flatten(1).to(weight.dtype)  # R = U * F
+        dx_BD = (dz_BR @ weight.index_select(0, clusters_U).flatten(0, 1)).to(x_BD.dtype)
         dw_UFD = (dz_BR.T @ x_BD.to(weight.dtype)).view(len(clusters_U), *weight.shape[1:])
         dw, db = (torch.sparse_coo_tensor(clusters_U[None], values, (len(weight), *values.shape[1:]),
                                           check_invariants=False) for values in (dw_UFD, dz_BUF.sum(0)))
-        return dx_BD, dw, db, None, None
+        return dx_BD, dw, db, None
 
 
 def touched(clusters_BK: Tensor, n_clusters: int, wait: bool) -> tuple[Tensor, Tensor]:
     """(clusters (U,) that occur, place (B, K) of each among them). To count them, a GPU would have to be waited for:
     without `wait`, U is the most there can be, min(B * K, n_clusters), filled up with clusters that do not occur."""
+    if wait:
+        return clusters_BK.unique(return_inverse=True)
     every_C = torch.arange(n_clusters, device=clusters_BK.device)
     occurs_C = torch.zeros_like(every_C).scatter_(0, clusters_BK.flatten(), 1)
     upto_C = occurs_C.cumsum(0)  # how many occur up to this one
     place_C = torch.where(occurs_C > 0, upto_C - 1, upto_C[-1] + every_C - upto_C)
-    n = int(upto_C[-1]) if wait else min(clusters_BK.numel(), n_clusters)
-    return torch.empty_like(every_C).scatter_(0, place_C, every_C)[:n], place_C[clusters_BK]
+    filled_C = torch.empty_like(every_C).scatter_(0, place_C, every_C)
+    return filled_C[: min(clusters_BK.numel(), n_clusters)], place_C[clusters_BK]
 
 
 def choose_layers(depth: int, n_levels: int) -> list[list[int]]:
@@ -271,8 +273,8 @@ def build(data: data_stage.Data, tree: tree_stage.Tree, config: Config, backbone
     layers = ([int_list(group.replace("+", ","), "--layers") for group in config.layers.split(",")] if config.layers
               else choose_layers(backbone.config.num_hidden_layers, len(tree.levels) + 1))
     model = Cascade(encoder, tree, topk, layers)
-    if config.label_bf16:
-        model.heads[-1].weight.data = model.heads[-1].weight.data.bfloat16()
+    leaf = model.heads[-1].weight
+    leaf.data = leaf.data.bfloat16() if config.label_bf16 else leaf.data
     return model
 
 
@@ -281,8 +283,8 @@ def run(config: Config) -> None:
     config = artifacts.settle(config, RECIPES, data.meta["encoder"])
     model = build(data, tree, config).eval()
     batch = data.batch("train", np.arange(4), config.max_len)
-    encoder, heads = (sum(p.numel() for p in part.parameters()) for part in (model.encoder, model.heads))
-    print(f"parameters: encoder {encoder:,}, heads {heads:,}")
+    for name, part in (("encoder", model.encoder), ("heads", model.heads)):
+        print(f"{name}: {sum(parameter.numel() for parameter in part.parameters()):,} parameters")
     print(f"a batch of 4 documents: ids_BT {tuple(batch.ids_BT.shape)}, {len(batch.doc_P)} (document, label) pairs")
     features = model.features(batch)
     for t, level in enumerate(model.descend(features, batch, teacher=True)):

@@ -88,13 +88,14 @@ class RowAdam(torch.optim.Optimizer):
         g_UFD, state = g.view(*g.shape[:2], -1), self.state[weight]
         square_UF = torch.linalg.vector_norm(g_UFD, dim=2).square() / g_UFD.shape[2]
         here_UF = (square_UF > 0).float()
-        for key, new_UF in (("square", square_UF), ("history", here_UF)):
-            state[key][clusters_U] = torch.lerp(state[key][clusters_U], new_UF, (1 - self.beta) * here_UF)
-        mean_UF = state["square"][clusters_U] / state["history"][clusters_U].clamp(min=1e-12)
-        rate_UF = lr * here_UF / (mean_UF.sqrt() + 1e-12)
-        w = weight[clusters_U].float()
+        new = {"square": square_UF, "history": here_UF}
+        for key, new_UF in new.items():
+            new[key] = torch.lerp(state[key].index_select(0, clusters_U), new_UF, (1 - self.beta) * here_UF)
+            state[key].index_copy_(0, clusters_U, new[key])
+        rate_UF = lr * here_UF / ((new["square"] / new["history"].clamp(min=1e-12)).sqrt() + 1e-12)
+        w = weight.index_select(0, clusters_U).float()
         w.view_as(g_UFD).mul_(1 - lr * decay * here_UF[..., None]).addcmul_(g_UFD, rate_UF[..., None], value=-1)
-        weight[clusters_U] = round_stochastically(w) if weight.dtype == torch.bfloat16 else w
+        weight.index_copy_(0, clusters_U, round_stochastically(w) if weight.dtype == torch.bfloat16 else w)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)  # which turns everything to the type of the weights

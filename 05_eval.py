@@ -132,12 +132,14 @@ def predict_exact(model: model_stage.Cascade, batch: data_stage.Batch, k: int, r
     """As model.predict, but with every label scored: `chunk` leaf clusters at a time and a running top k."""
     features, scores, best = model.features(batch), None, None
     for head, x_BD in zip(model.heads[:-1], features, strict=False):
-        scores = model_stage.rank(head.block(x_BD), scores)
+        scores = model_stage.rank(model_stage.product(x_BD, head.weight, head.bias), scores)
+    leaf = model.heads[-1]
     for start in range(0, model.counts[-2], chunk):
         part = slice(start, start + chunk)
         labels_S = model.slot_to_label.view(model.counts[-2], -1)[part].flatten()
-        score_BS = model_stage.rank(model.heads[-1].block(features[-1], part),
-                                    {name: score_BC[:, part] for name, score_BC in scores.items()})[ranking]
+        logits_BCF = model_stage.product(features[-1], leaf.weight[part], leaf.bias[part])
+        above = {name: score_BC[:, part] for name, score_BC in scores.items()}
+        score_BS = model_stage.rank(logits_BCF, above)[ranking]
         found = labels_S.expand(score_BS.shape), score_BS.masked_fill(labels_S < 0, -torch.inf)
         best = model_stage.best_k(*(torch.cat(pair, 1) for pair in zip(best, found, strict=True)) if best else found, k)
     return best

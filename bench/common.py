@@ -47,3 +47,56 @@ def report(out: str, config: object, rows: list[dict], device: str = "cpu") -> N
     Path(out).parent.mkdir(parents=True, exist_ok=True)
     Path(out).write_text(json.dumps({"machine": origin, "settings": vars(config), "rows": rows}, indent=1) + "\n")
     print(f"written to {out}")
+
+
+def random_tree(n_labels: int, levels: list[int], seed: int = 0):
+    """A tree whose labels stand in random order: speed does not depend on which label is where."""
+    bounds = np.array([0, n_labels])
+    while len(bounds) - 1 < levels[-1]:
+        bounds = stages.tree.halve(bounds)
+    order = np.random.default_rng(seed).permutation(n_labels)
+    return stages.tree.Tree(stages.tree.lay_out(order, bounds), levels)
+
+
+def random_documents(n: int, n_labels: int, vocab: int, median: int, seed: int = 0, labels_each: int = 5):
+    """A split of n documents: lengths log-normal about their median, as product texts are, tokens and labels at random,
+    labels rarer by rank (Zipf)."""
+    rng = np.random.default_rng(seed)
+    length = np.clip(np.exp(rng.normal(np.log(median), 0.7, n)), 4, 2000).astype(np.int64)
+    ids = rng.integers(10, vocab, length.sum()).astype(np.uint16)
+    # Rank r with probability about 1/r, by inversion; drawn twice means once.
+    rank_P = np.minimum(np.exp(rng.random(n * labels_each) * np.log(n_labels)).astype(np.int64), n_labels) - 1
+    pairs = np.unique(np.repeat(np.arange(n), labels_each) * n_labels + rng.permutation(n_labels)[rank_P])
+    counts = np.bincount(pairs // n_labels, minlength=n)
+    offsets, label_offsets = (np.append(0, np.cumsum(part)).astype(np.int64) for part in (length, counts))
+    return stages.data.Split(ids, offsets, (pairs % n_labels).astype(np.int32), label_offsets)
+
+
+def random_data(n: int, n_labels: int, vocab: int = 30000, median: int = 60, seed: int = 0):
+    """Data with such documents in all splits."""
+    meta = {"encoder": "tiny", "vocab_size": vocab, "prefix": [2], "suffix": [3], "pad": 0}
+    splits = {name: random_documents(size, n_labels, vocab, median, seed + i)
+              for i, (name, size) in enumerate((("train", n), ("val", 1000), ("test", 1000)))}
+    return stages.data.Data(splits, [], meta)
+
+
+def random_model(n_labels: int, levels: list[int], topk: list[int], depth: int, width: int, max_len: int, device: str):
+    """A cascade around a BERT of that shape with random weights, in training mode."""
+    import transformers
+
+    torch.manual_seed(0)
+    shape = transformers.BertConfig(vocab_size=30000, hidden_size=width, num_hidden_layers=depth,
+                                    num_attention_heads=max(1, width // 64), intermediate_size=4 * width)
+    encoder = stages.model.Encoder(transformers.BertModel(shape), "first", max_len)
+    layers = stages.model.choose_layers(depth, len(levels) + 1)
+    model = stages.model.Cascade(encoder, random_tree(n_labels, levels), topk, layers).to(device).train()
+    for head in model.heads:
+        torch.nn.init.normal_(head.weight, std=0.02)
+    return model
+
+
+def spread_shortlists() -> None:
+    """Let shortlists be drawn at random. An untrained model keeps the same clusters for all documents; these touch as
+    many as a batch can: the most expensive case."""
+    kept = stages.model.shortlist
+    stages.model.shortlist = lambda logits_BKF, targets_BKF, k: kept(torch.randn_like(logits_BKF), targets_BKF, k)

@@ -30,11 +30,11 @@ def build_dense(*args):
     return model
 
 
-def measure(run: Path, kind: str, seed: int, epochs: int | None) -> list[float]:
+def measure(run: Path, kind: str, seed: int, amp: str, epochs: int | None) -> list[float]:
     """Train and test one model."""
     stages.model.build = build_dense if kind == "dense" else build
     extra = {"epochs": epochs} if epochs else {}
-    stages.train.run(stages.train.Config(run=str(run), seed=seed, label_bf16=kind == "bf16", **extra))
+    stages.train.run(stages.train.Config(run=str(run), seed=seed, amp=amp, label_bf16=kind == "bf16", **extra))
     stages.model.build = build
     data = stages.data.load(run)
     model, config, ranking = stages.train.load(run, data)
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--runs", default="runs/parity", help="folder for the run folders [runs/parity]")
     parser.add_argument("--kinds", default="rows,dense,bf16")
     parser.add_argument("--seeds", default="0,1,2")
+    parser.add_argument("--amp", default="bf16", help="precision of the encoder [bf16]")
     parser.add_argument("--epochs", type=int, help="[as the recipe says]")
     parser.add_argument("--out", default="bench/results/parity.json")
     args = parser.parse_args()
@@ -62,7 +63,7 @@ def main() -> None:
             run = Path(args.runs) / f"{kind}-{seed}"
             stages.data.run(stages.data.Config(run=str(run), corpus=args.corpus, seed=seed))
             stages.tree.run(stages.tree.Config(run=str(run), seed=seed))
-            found[kind].append(measure(run, kind, seed, args.epochs))
+            found[kind].append(measure(run, kind, seed, args.amp, args.epochs))
             (run / "checkpoint.pt").unlink()
             print(f"seed {seed} {kind}:", dict(zip(METRICS, np.round(found[kind][-1], 2).tolist(), strict=True)))
     rows = []

@@ -1,0 +1,193 @@
+"""What a training step costs: against the encoder alone, against the number of labels, against the usual way.
+
+    python bench/step.py                    small sizes, two or three minutes on two CPU cores
+    python bench/step.py --device cuda      BERT-base, 128 tokens, batches of 64, up to 3 million labels
+
+Weights, texts and labels are random, lengths are not; shortlists are drawn at random, so that a batch touches as many
+clusters as it can. Every ratio is of medians over steps taken in turn in this process.
+"""
+
+import argparse
+import gc
+from functools import partial
+
+import numpy as np
+import torch
+from common import random_data, random_model, report, spread_shortlists, stages
+
+from artifacts import in_turn
+
+SIZES = {  # labels: (clusters per level, clusters kept per level)
+    "cpu": {131072: ([1024, 16384], [64, 64]), 3145728: ([1024, 8192, 131072], [64, 64, 64])},
+    "cuda": {131072: ([1024, 16384], [256, 400]), 670091: ([1024, 8192, 65536], [128, 256, 400]),
+             2812281: ([1024, 8192, 131072], [128, 256, 400])},
+}
+SHAPE = {"cpu": {"depth": 2, "width": 64, "batch": 32, "tokens": 128},
+         "cuda": {"depth": 12, "width": 768, "batch": 64, "tokens": 128}}
+
+
+def optimizers_of(model, dense: bool = False) -> list[torch.optim.Optimizer]:
+    """As fit() makes them; `dense`: AdamW for everything."""
+    groups = model.param_groups(1e-3, 1e-4)
+    rows = [] if dense else [group for group in groups if group["rows"]]
+    adam = torch.optim.AdamW([group for group in groups if group not in rows], fused=True)
+    return [adam, *([stages.train.RowAdam(rows, accumulated=False)] if rows else [])]
+
+
+def step(model, optimizers, next_batch, amp: str) -> None:
+    model.amp = amp
+    model.loss(next_batch())[0].sum().backward()
+    for optimizer in optimizers:
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def encoder_step(model, optimizer, batch, amp: str) -> None:
+    """The same batch through the encoder alone, with the gradient of a plain sum, and its update."""
+    model.amp = amp
+    sum(x_BD.sum() for x_BD in model.features(batch)).backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def gathered(head, x_BD, clusters_BK):
+    """The logits of a Head by a gather of (B, K, F, D) weights: what automatic differentiation makes of embeddings."""
+    return torch.einsum("bd,bkfd->bkf", x_BD, head.weight[clusters_BK]) + head.bias[clusters_BK]
+
+
+def match_by_loop(node_P, doc_P, parents_BK, fan):
+    """Targets document by document, each brought to the CPU."""
+    candidates, targets = stages.tree.expand(parents_BK, fan), []
+    for b in range(len(parents_BK)):
+        mine = set(node_P[doc_P == b].tolist())
+        targets.append([float(node in mine) for node in candidates[b].tolist()])
+    return torch.tensor(targets, device=parents_BK.device).view(*parents_BK.shape, fan)
+
+
+def usual_step(model, optimizers, batch, amp: str) -> None:
+    """The step in the way of the authors' code: every level gathered, labels matched in a loop, dense AdamW."""
+    match, forward = stages.tree.match, stages.model.Head.forward
+    stages.tree.match, stages.model.Head.forward = match_by_loop, gathered
+    step(model, optimizers, lambda: batch, amp)
+    stages.tree.match, stages.model.Head.forward = match, forward
+
+
+def label_level_step(head, optimizer, x_BD, clusters_BK) -> None:
+    head(x_BD, clusters_BK).sigmoid().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def label_level_pass(n_labels: int, shape: argparse.Namespace, device: str):
+    """A pass of the label level alone, on shortlists from 4,096 clusters, however many labels there are."""
+    rng, n_clusters, fan = np.random.default_rng(0), n_labels // 8, 8
+    head = stages.model.Head(n_clusters, fan, shape.width, sparse=True).to(device)
+    torch.nn.init.normal_(head.weight, std=0.02)
+    some = rng.choice(n_clusters, 4096, replace=False)
+    clusters_BK = torch.from_numpy(np.stack([rng.choice(some, 256, replace=False) for _ in range(shape.batch)]))
+    x_BD = torch.randn(shape.batch, shape.width, device=device, requires_grad=True)
+    optimizer = stages.train.RowAdam([{"params": list(head.parameters())}], accumulated=False)
+    return partial(label_level_step, head, optimizer, x_BD, clusters_BK.to(device))
+
+
+def peak_bytes(run, device: str) -> int:
+    """Most memory while run() runs: of the GPU, or of this process."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    with open("/proc/self/clear_refs", "w") as file:
+        file.write("5")  # forget the peak so far
+    run()
+    with open("/proc/self/status") as file:
+        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--amp", help="precision of the encoder [off on a CPU, bf16 on a GPU]")
+    parser.add_argument("--rounds", type=int, default=15, help="steps of each kind [15]")
+    parser.add_argument("--toy", action="store_true", help="hundreds of labels: only to see that it runs")
+    parser.add_argument("--out", default="bench/results/step.json")
+    args = parser.parse_args()
+    args.amp = args.amp or {"cpu": "off", "cuda": "bf16"}[args.device]
+    torch.set_flush_denormal(True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+    spread_shortlists()
+    shape = argparse.Namespace(**SHAPE[args.device])
+    sizes = SIZES[args.device]
+    if args.toy:
+        sizes = {512: ([16, 64], [8, 8]), 4096: ([16, 64, 512], [8, 8, 8])}
+    rows, by_labels = [], {}
+
+    def row(what: str, value: float, target: str = "", form: str = ".2f") -> None:
+        rows.append({"what": what, "value": format(value, form), "number": value, "target": target})
+
+    flat = {n: label_level_pass(n, shape, args.device) for n in (131072, 3145728)}
+    seconds = in_turn(flat, 3 * args.rounds)
+    row("label level, 3M labels / 131K, same shortlists", seconds[3145728] / seconds[131072], "<= 1.10")
+    del flat
+
+    for n_labels, (levels, topk) in sizes.items():
+        data = random_data(20000, n_labels)
+        batches = stages.train.Batches(data, shape.batch, shape.tokens, 0)
+        rows_of = batches.rows(0)
+        typical = int(np.argsort([batches.length_N[rows].max() for rows in rows_of])[len(rows_of) // 2])
+        fixed = data.batch("train", rows_of[typical], shape.tokens).to(args.device)
+        stream = iter(batches(0))
+        name = f"{n_labels:,} labels"
+        before = peak_bytes(lambda: None, args.device)
+        model = random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
+        optimizers = optimizers_of(model)
+        encoder = [p for key, p in model.named_parameters() if key.startswith("encoder.")]
+        alone = torch.optim.AdamW(encoder, fused=True)
+        passes = {
+            "step": partial(step, model, optimizers, lambda: fixed, args.amp),  # noqa: B023
+            "loader": partial(step, model, optimizers, lambda: next(stream).to(args.device), args.amp),  # noqa: B023
+            "encoder": partial(encoder_step, model, alone, fixed, args.amp),
+        }
+        seconds = in_turn(passes, args.rounds)
+        by_labels[n_labels] = seconds["step"]
+        row(f"{name}: full step / encoder-only step, same batch", seconds["step"] / seconds["encoder"],
+            "<= 1.2 at 670K, <= 1.3 at 3M on a GPU")
+        row(f"{name}: documents per second, batches made on the way", shape.batch / seconds["loader"], "", ",.0f")
+        del alone
+        gc.collect()
+        top = peak_bytes(passes["step"], args.device) - (before if args.device == "cpu" else 0)
+        held = [*model.parameters(), *(value for o in optimizers for s in o.state.values() for value in s.values())]
+        row(f"{name}: peak memory of a step, GiB", top / 2**30, "<= 8 at 670K, <= 16 at 3M on a GPU")
+        row(f"{name}: of these weights and optimiser states, GiB", sum(x.nbytes for x in held) / 2**30)
+        if n_labels == min(sizes):
+            resident = in_turn({"step": passes["step"], "made": lambda: step(
+                model, optimizers, lambda: data.batch("train", rows_of[typical], shape.tokens).to(args.device),  # noqa: B023
+                args.amp)}, args.rounds)
+            row("step with its batch made from the flat ids / with the batch there already",
+                resident["made"] / resident["step"], "about 1")
+            padded = [batches.length_N[rows].max() * len(rows) for rows in rows_of]
+            real = sum(batches.length_N)
+            row("real / padded tokens, length buckets", real / sum(padded), ">= 0.97")
+            row("real / padded tokens, padded to the maximum", real / (shape.tokens * len(batches.length_N)))
+            # One batch in the data's own order, padded to the maximum: the same number of documents.
+            usual = random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
+            for head in usual.heads:
+                head.sparse = False
+            drawn = np.random.default_rng(0).permutation(20000)[: shape.batch]
+            plain = data.batch("train", drawn, shape.tokens)
+            room = (0, shape.tokens - plain.ids_BT.shape[1])
+            ids, mask = (torch.nn.functional.pad(x, room) for x in plain[:2])
+            plain = plain._replace(ids_BT=ids, mask_BT=mask).to(args.device)
+            stream = iter(batches(1))
+            pair = in_turn({"usual": partial(usual_step, usual, optimizers_of(usual, dense=True), plain, args.amp),
+                            "ours": passes["loader"]}, args.rounds)
+            row(f"{name}: step in the usual way / ours", pair["usual"] / pair["ours"], ">= 4 on a CPU, >= 5 on a GPU")
+            del usual
+        del model, optimizers, passes, held
+        gc.collect()
+    low, *_, high = by_labels
+    row(f"full step at {high:,} labels / {low:,}", by_labels[high] / by_labels[low], "<= 1.10 on a GPU")
+    report(args.out, args, rows, args.device)
+
+
+if __name__ == "__main__":
+    main()
