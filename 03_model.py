@@ -80,8 +80,8 @@ def best_k(labels_BK: Tensor, scores_BK: Tensor, k: int) -> tuple[Tensor, Tensor
 
 class Head(nn.Module):
     """A linear classifier per node, stored cluster by cluster: the children of one node are one contiguous block.
-    `sparse`, for labels: only the clusters of a batch's shortlists are read, each once, and gradients are sparse tensors
-    whose values are whole clusters. Cluster levels are small: all nodes are scored."""
+    `sparse`, for labels: only the clusters of a batch's shortlists are read, each once, and gradients are sparse, with
+    whole clusters as values. Cluster levels are small: all nodes are scored."""
 
     def __init__(self, n_clusters: int, fan: int, width: int, sparse: bool = False) -> None:
         super().__init__()
@@ -112,7 +112,7 @@ class ShortlistProduct(torch.autograd.Function):
         clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not x_BD.is_cuda)
         index_BKF = place_BK[..., None].expand(-1, -1, weight.shape[1])
         ctx.save_for_backward(x_BD, weight, clusters_U, index_BKF)
-        part = [table.index_select(0, clusters_U) for table in (weight, bias)]  # many times as fast as weight[clusters_U]
+        part = [table.index_select(0, clusters_U) for table in (weight, bias)]  # faster than weight[clusters_U]
         return product(x_BD, *part).gather(1, index_BKF)
 
     @staticmethod

@@ -22,6 +22,7 @@ SIZES = {  # labels: (clusters per level, clusters kept per level)
     "cuda": {131072: ([1024, 16384], [256, 400]), 670091: ([1024, 8192, 65536], [128, 256, 400]),
              2812281: ([1024, 8192, 131072], [128, 256, 400])},
 }
+TOY = {512: ([16, 64], [8, 8]), 4096: ([16, 64, 512], [8, 8, 8])}
 SHAPE = {"cpu": {"depth": 2, "width": 64, "batch": 32, "tokens": 128},
          "cuda": {"depth": 12, "width": 768, "batch": 64, "tokens": 128}}
 
@@ -103,6 +104,70 @@ def peak_bytes(run, device: str) -> int:
         return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
+def batch_of(data, batches, rows: np.ndarray, device: str):
+    return data.batch("train", rows, int(batches.max_len)).to(device)
+
+
+def typical_rows(batches) -> np.ndarray:
+    """Documents of the batch whose length is the median."""
+    rows_of = batches.rows(0)
+    return rows_of[int(np.argsort([batches.length_N[rows].max() for rows in rows_of])[len(rows_of) // 2])]
+
+
+def measure(n_labels: int, levels: list[int], topk: list[int], shape, args, row) -> float:
+    """Rows for a model of that many labels; the seconds of its step."""
+    data, name = random_data(20000, n_labels), f"{n_labels:,} labels"
+    batches = stages.train.Batches(data, shape.batch, shape.tokens, 0)
+    typical, stream = typical_rows(batches), iter(batches(0))
+    fixed = batch_of(data, batches, typical, args.device)
+    before = peak_bytes(lambda: None, args.device)
+    model = random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
+    optimizers = optimizers_of(model)
+    alone = torch.optim.AdamW([p for key, p in model.named_parameters() if key.startswith("encoder.")], fused=True)
+    one_step = partial(step, model, optimizers, amp=args.amp)
+    seconds = in_turn({
+        "resident": lambda: one_step(lambda: fixed),
+        "made": lambda: one_step(lambda: batch_of(data, batches, typical, args.device)),
+        "stream": lambda: one_step(lambda: next(stream).to(args.device)),
+        "encoder": partial(encoder_step, model, alone, fixed, args.amp),
+    }, args.rounds)
+    row(f"{name}: full step / encoder-only step, same batch", seconds["resident"] / seconds["encoder"],
+        "GPU: <= 1.2 at 670K, <= 1.3 at 3M")
+    row(f"{name}: step with its batch made from flat ids / batch there already", seconds["made"] / seconds["resident"])
+    row(f"{name}: documents per second, whole epoch's batches", shape.batch / seconds["stream"], "", ",.0f")
+    del alone
+    gc.collect()
+    top = peak_bytes(lambda: one_step(lambda: fixed), args.device) - (before if args.device == "cpu" else 0)
+    held = [*model.parameters(), *(value for o in optimizers for s in o.state.values() for value in s.values())]
+    row(f"{name}: peak memory of a step, GiB", top / 2**30, "GPU: <= 8 at 670K, <= 16 at 3M")
+    row(f"{name}: of these weights and optimiser states, GiB", sum(x.nbytes for x in held) / 2**30)
+    return seconds["resident"]
+
+
+def against_usual(n_labels: int, levels: list[int], topk: list[int], shape, args, row) -> None:
+    """Rows for the usual way: gathers, loops, dense AdamW, and documents as they come, padded to the maximum."""
+    data = random_data(20000, n_labels)
+    batches = stages.train.Batches(data, shape.batch, shape.tokens, 0)
+    real = sum(batches.length_N)
+    row("real / padded tokens, length buckets",
+        real / sum(batches.length_N[rows].max() * len(rows) for rows in batches.rows(0)), ">= 0.97")
+    row("real / padded tokens, padded to the maximum", real / (shape.tokens * len(batches.length_N)))
+    ours, usual = (random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
+                   for _ in range(2))
+    for head in usual.heads:
+        head.sparse = False
+    plain = data.batch("train", np.random.default_rng(0).permutation(20000)[: shape.batch], shape.tokens)
+    ids, mask = (torch.nn.functional.pad(x, (0, shape.tokens - x.shape[1])) for x in plain[:2])
+    plain, stream = plain._replace(ids_BT=ids, mask_BT=mask).to(args.device), iter(batches(1))
+    ours_optimizers, usual_optimizers = optimizers_of(ours), optimizers_of(usual, dense=True)
+    seconds = in_turn({
+        "usual": lambda: usual_step(usual, usual_optimizers, plain, args.amp),
+        "ours": lambda: step(ours, ours_optimizers, lambda: next(stream).to(args.device), args.amp),
+    }, args.rounds)
+    row(f"{n_labels:,} labels: step in the usual way / ours", seconds["usual"] / seconds["ours"],
+        ">= 4 on a CPU, >= 5 on a GPU")
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
@@ -116,76 +181,18 @@ def main() -> None:
     torch.backends.cuda.matmul.allow_tf32 = True
     spread_shortlists()
     shape = argparse.Namespace(**SHAPE[args.device])
-    sizes = SIZES[args.device]
-    if args.toy:
-        sizes = {512: ([16, 64], [8, 8]), 4096: ([16, 64, 512], [8, 8, 8])}
-    rows, by_labels = [], {}
+    sizes = TOY if args.toy else SIZES[args.device]
+    rows = []
 
     def row(what: str, value: float, target: str = "", form: str = ".2f") -> None:
         rows.append({"what": what, "value": format(value, form), "number": value, "target": target})
 
-    flat = {n: label_level_pass(n, shape, args.device) for n in (131072, 3145728)}
-    seconds = in_turn(flat, 3 * args.rounds)
+    seconds = in_turn({n: label_level_pass(n, shape, args.device) for n in (131072, 3145728)}, 3 * args.rounds)
     row("label level, 3M labels / 131K, same shortlists", seconds[3145728] / seconds[131072], "<= 1.10")
-    del flat
-
-    for n_labels, (levels, topk) in sizes.items():
-        data = random_data(20000, n_labels)
-        batches = stages.train.Batches(data, shape.batch, shape.tokens, 0)
-        rows_of = batches.rows(0)
-        typical = int(np.argsort([batches.length_N[rows].max() for rows in rows_of])[len(rows_of) // 2])
-        fixed = data.batch("train", rows_of[typical], shape.tokens).to(args.device)
-        stream = iter(batches(0))
-        name = f"{n_labels:,} labels"
-        before = peak_bytes(lambda: None, args.device)
-        model = random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
-        optimizers = optimizers_of(model)
-        encoder = [p for key, p in model.named_parameters() if key.startswith("encoder.")]
-        alone = torch.optim.AdamW(encoder, fused=True)
-        passes = {
-            "step": partial(step, model, optimizers, lambda: fixed, args.amp),  # noqa: B023
-            "loader": partial(step, model, optimizers, lambda: next(stream).to(args.device), args.amp),  # noqa: B023
-            "encoder": partial(encoder_step, model, alone, fixed, args.amp),
-        }
-        seconds = in_turn(passes, args.rounds)
-        by_labels[n_labels] = seconds["step"]
-        row(f"{name}: full step / encoder-only step, same batch", seconds["step"] / seconds["encoder"],
-            "<= 1.2 at 670K, <= 1.3 at 3M on a GPU")
-        row(f"{name}: documents per second, batches made on the way", shape.batch / seconds["loader"], "", ",.0f")
-        del alone
-        gc.collect()
-        top = peak_bytes(passes["step"], args.device) - (before if args.device == "cpu" else 0)
-        held = [*model.parameters(), *(value for o in optimizers for s in o.state.values() for value in s.values())]
-        row(f"{name}: peak memory of a step, GiB", top / 2**30, "<= 8 at 670K, <= 16 at 3M on a GPU")
-        row(f"{name}: of these weights and optimiser states, GiB", sum(x.nbytes for x in held) / 2**30)
-        if n_labels == min(sizes):
-            resident = in_turn({"step": passes["step"], "made": lambda: step(
-                model, optimizers, lambda: data.batch("train", rows_of[typical], shape.tokens).to(args.device),  # noqa: B023
-                args.amp)}, args.rounds)
-            row("step with its batch made from the flat ids / with the batch there already",
-                resident["made"] / resident["step"], "about 1")
-            padded = [batches.length_N[rows].max() * len(rows) for rows in rows_of]
-            real = sum(batches.length_N)
-            row("real / padded tokens, length buckets", real / sum(padded), ">= 0.97")
-            row("real / padded tokens, padded to the maximum", real / (shape.tokens * len(batches.length_N)))
-            # One batch in the data's own order, padded to the maximum: the same number of documents.
-            usual = random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
-            for head in usual.heads:
-                head.sparse = False
-            drawn = np.random.default_rng(0).permutation(20000)[: shape.batch]
-            plain = data.batch("train", drawn, shape.tokens)
-            room = (0, shape.tokens - plain.ids_BT.shape[1])
-            ids, mask = (torch.nn.functional.pad(x, room) for x in plain[:2])
-            plain = plain._replace(ids_BT=ids, mask_BT=mask).to(args.device)
-            stream = iter(batches(1))
-            pair = in_turn({"usual": partial(usual_step, usual, optimizers_of(usual, dense=True), plain, args.amp),
-                            "ours": passes["loader"]}, args.rounds)
-            row(f"{name}: step in the usual way / ours", pair["usual"] / pair["ours"], ">= 4 on a CPU, >= 5 on a GPU")
-            del usual
-        del model, optimizers, passes, held
-        gc.collect()
-    low, *_, high = by_labels
-    row(f"full step at {high:,} labels / {low:,}", by_labels[high] / by_labels[low], "<= 1.10 on a GPU")
+    against_usual(min(sizes), *sizes[min(sizes)], shape, args, row)
+    by_labels = {n: measure(n, *sizes[n], shape, args, row) for n in sizes}
+    row(f"full step at {max(sizes):,} labels / {min(sizes):,}", by_labels[max(sizes)] / by_labels[min(sizes)],
+        "GPU: <= 1.10")
     report(args.out, args, rows, args.device)
 
 
