@@ -35,6 +35,7 @@ from artifacts import UserError, flag, int_list, load_npz, main, positive, save_
 
 data_stage = import_module("01_data")
 
+TOLERANCE = 0.005  # share of the labels that may still change sides when a level is done
 ROWS = 8192  # labels whose features are there uncut, at a time
 
 
@@ -44,7 +45,7 @@ class Config:
     levels: str = flag("", "clusters per level, coarse to fine, powers of two such as 64,512 (default: from L)")
     smoothing: float = flag(0.0, "weight of the co-occurring labels' features in a label's own (0: none)")
     features: int = flag(100, "features to keep per label, the strongest (0: all)")
-    iterations: int = flag(8, "2-means iterations per level at most", positive)
+    iterations: int = flag(20, "2-means iterations per level at most", positive)
     clusters_shown: int = flag(3, "clusters to print")
     seed: int = flag(0, "seed of the 2-means' first centroids")
 
@@ -122,7 +123,7 @@ def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations
                 rng: np.random.Generator) -> np.ndarray:
     """Split every node of a level in two by balanced spherical 2-means, all nodes at once; the new order.
 
-    Z (L, V) rows at length 1; order (L,) rows in tree order; node m holds order[bounds[m]:bounds[m+1]].
+    Z (L, V) rows; order (L,) rows in tree order; node m holds order[bounds[m]:bounds[m+1]].
 
     With its columns indexed by (node, feature) pairs, Z becomes a block matrix: a sum over the rows of each node is
     then one product, and so are the scores of all rows against their own node's centroids. In CSC, entries of a column
@@ -138,35 +139,33 @@ def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations
     starts[columns.indptr[:-1][np.diff(columns.indptr) > 0]] = True
     starts[1:] |= entry_node[1:] != entry_node[:-1]
     first = np.flatnonzero(starts)
-    node_E = entry_node[first]
     del entry_node, starts
     blocks = csc_matrix((columns.data, columns.indices, np.append(first, columns.nnz)), shape=(len(order), len(first)))
     sums = csr_matrix(blocks.T)
 
-    # First centroids: two random rows of the node.
+    # First centroids: two random rows of the node. The better half by the difference of the cosines goes left.
     position = np.lexsort((rng.random(len(order)), node_L))
-    left, right = np.zeros((2, len(order)), Z.dtype)
-    left[position[bounds[:-1]]] = 1
-    right[position[np.minimum(bounds[:-1] + 1, bounds[1:] - 1)]] = 1
-    middle = halve(bounds)[1::2]
-    total_E = sums @ np.ones(len(order), Z.dtype)
-    for step in range(iterations):
-        # argmax over the two centroids, balanced: the better half by the difference of the cosines goes left.
-        left_E = sums @ left
-        gap_E = np.zeros(len(first), Z.dtype)
-        for centroid_E, sign in ((left_E, 1), (total_E - left_E if step else sums @ right, -1)):
-            norm_M = np.sqrt(np.bincount(node_E, np.square(centroid_E, dtype=np.float64), minlength=len(sizes)))
-            gap_E += sign * centroid_E / np.maximum(norm_M, 1e-12)[node_E].astype(Z.dtype)
-        position = np.lexsort((-(blocks @ gap_E), node_L))
-        goes_left = np.zeros(len(order), bool)
-        goes_left[position] = np.arange(len(order)) < np.repeat(middle, sizes)
-        if step and np.array_equal(goes_left, left.astype(bool)):
+    sign = np.zeros(len(order), Z.dtype)
+    sign[position[np.minimum(bounds[:-1] + 1, bounds[1:] - 1)]] = -1
+    sign[position[bounds[:-1]]] = 1
+    gap_L, to_all_L = blocks @ (sums @ sign), blocks @ (sums @ np.ones(len(order), Z.dtype))
+    half, left = halve(bounds)[1::2], None
+    for _ in range(iterations):
+        position = np.argsort(node_L * (1 + 2 * np.abs(gap_L).max()) - gap_L)  # by node, then by falling gap
+        before, left = left, np.zeros(len(order), bool)
+        left[position] = np.arange(len(order)) < np.repeat(half, sizes)
+        # Deep down most nodes are done after a few rounds, and a round costs the same for all.
+        if before is not None and np.count_nonzero(left != before) <= TOLERANCE * len(order):
             break
-        left = goes_left.astype(Z.dtype)
+        # Products of the rows with the sums of their node's left and right half; a sum's square is that of its rows.
+        gap_L, to_left_L = np.zeros(len(order)), blocks @ (sums @ left.astype(Z.dtype))
+        for side, to_side_L, sign in ((left, to_left_L, 1), (~left, to_all_L - to_left_L, -1)):
+            square_M = np.bincount(node_L[side], to_side_L[side], minlength=len(sizes))
+            gap_L += sign * to_side_L / np.sqrt(np.maximum(square_M, 1e-12))[node_L]
     return order[position]
 
 
-def balanced_kmeans(Z: csr_matrix, depth: int, iterations: int = 8, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+def balanced_kmeans(Z: csr_matrix, depth: int, iterations: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
     """Cluster the rows of Z (any CSR matrix) into 2^depth clusters whose sizes differ by at most one.
 
     Returns (order, bounds): cluster c holds the rows order[bounds[c]:bounds[c+1]]; the clusters are in tree order.

@@ -100,3 +100,41 @@ def spread_shortlists() -> None:
     many as a batch can: the most expensive case."""
     kept = stages.model.shortlist
     stages.model.shortlist = lambda logits_BKF, targets_BKF, k: kept(torch.randn_like(logits_BKF), targets_BKF, k)
+
+
+def peak_bytes(run, device: str = "cpu") -> int:
+    """Most memory while run() runs: of the GPU, or of this process."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        run()
+        return torch.cuda.max_memory_allocated()
+    Path("/proc/self/clear_refs").write_text("5")  # forget the peak so far
+    run()
+    status = Path("/proc/self/status").read_text()
+    return 1024 * next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM"))
+
+
+def topic_tokens(path: np.ndarray, n_labels: int, vocab: int, n_tokens: int, rng: np.random.Generator) -> np.ndarray:
+    """(len(path), n_tokens) token ids for texts about the labels `path`: each token belongs to one of the 17 groups,
+    from all labels to eight neighbours, that hold the label, and is one of forty of that group, the first ones most
+    often. So labels have a hierarchy that a clustering can find, and share words across it, as real ones do."""
+    level = rng.integers(0, 18, (len(path), n_tokens))
+    group = path[:, None] >> np.maximum(level, 3)
+    word = np.exp(rng.random((len(path), n_tokens)) * np.log(40)).astype(np.int64)
+    mixed = (group * 0x9E3779B1 + level * 0x85EBCA6B + word * 0xC2B2AE35).astype(np.uint64)
+    mixed ^= mixed >> np.uint64(15)
+    return ((mixed * np.uint64(0x2C1B3C6D)) >> np.uint64(7)).astype(np.int64) % vocab
+
+
+def topic_split(n: int, n_labels: int, vocab: int, n_tokens: int, labels_each: int, seed: int = 0):
+    """Documents with texts as topic_tokens makes them, labelled with neighbours; every label has a document."""
+    rng = np.random.default_rng(seed)
+    main = np.append(rng.permutation(n_labels)[: min(n, n_labels)], rng.integers(0, n_labels, max(0, n - n_labels)))
+    near = np.clip(main[:, None] + rng.integers(-8, 9, (n, labels_each)), 0, n_labels - 1)
+    near[:, 0] = main
+    pairs = np.unique(np.arange(n)[:, None] * n_labels + near)
+    counts = np.bincount(pairs // n_labels, minlength=n)
+    ids = np.concatenate([topic_tokens(part, n_labels, vocab, n_tokens, rng).astype(np.uint16).ravel()
+                          for part in np.array_split(main, max(1, n // 10000))])
+    return stages.data.Split(ids, np.arange(n + 1, dtype=np.int64) * n_tokens, (pairs % n_labels).astype(np.int32),
+                             np.append(0, np.cumsum(counts)))

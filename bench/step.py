@@ -13,7 +13,7 @@ from functools import partial
 
 import numpy as np
 import torch
-from common import random_data, random_model, report, spread_shortlists, stages
+from common import peak_bytes, random_data, random_model, report, spread_shortlists, stages
 
 from artifacts import in_turn
 
@@ -89,19 +89,6 @@ def label_level_pass(n_labels: int, shape: argparse.Namespace, device: str):
     x_BD = torch.randn(shape.batch, shape.width, device=device, requires_grad=True)
     optimizer = stages.train.RowAdam([{"params": list(head.parameters())}], accumulated=False)
     return partial(label_level_step, head, optimizer, x_BD, clusters_BK.to(device))
-
-
-def peak_bytes(run, device: str) -> int:
-    """Most memory while run() runs: of the GPU, or of this process."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-        run()
-        return torch.cuda.max_memory_allocated()
-    with open("/proc/self/clear_refs", "w") as file:
-        file.write("5")  # forget the peak so far
-    run()
-    with open("/proc/self/status") as file:
-        return 1024 * next(int(line.split()[1]) for line in file if line.startswith("VmHWM"))
 
 
 def batch_of(data, batches, rows: np.ndarray, device: str):
