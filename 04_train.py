@@ -49,6 +49,7 @@ class Config(model_stage.Config):
     lr: float = flag(None, "learning rate of the heads [tiny 1e-2, else 1e-3]", float)
     lr_encoder: float = flag(None, "learning rate of the encoder [tiny 1e-3, else 1e-4]", float)
     amp: str = flag("auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at")
+    compile: bool = flag(False, "compile the encoder, once for all lengths: takes a minute, for long runs")
     resume: bool = flag(False, "go on from RUN/checkpoint.pt")
 
 
@@ -263,6 +264,8 @@ def run(config: Config) -> None:
         artifacts.refuse_unfinished(out / "checkpoint.pt")
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
     config = replace(config, amp=artifacts.choose_amp(config.amp, model, next(batches(0)).to(device)))
+    if config.compile:
+        model.encoder.compile(dynamic=True)
     torch.manual_seed(config.seed)
     print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()))
     best = state["best"] if state else -1.0
