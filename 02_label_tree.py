@@ -15,7 +15,8 @@ slots; every leaf cluster gets the same number of slots (a slot left over holds 
 
 Left out here: trees that are not binary, clustering of documents, learning the tree (ELIAS).
 
-Shapes   N documents, L labels, S slots, V vocabulary, M nodes of a level, E (node, feature) pairs
+Shapes   N documents, L labels, S slots, V vocabulary, M nodes of a level; of expand and match, which training uses:
+         B batch, K nodes kept for a document, P (document, positive node) pairs
 """
 
 import math

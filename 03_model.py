@@ -10,7 +10,8 @@ own layer of one transformer. The candidates at a resolution are the children of
 training the nodes with a positive label below them count as best, and the others, which scored high and are wrong, are
 the hard negatives. The loss is binary cross-entropy over the candidates, summed over the resolutions. Left out here:
 the authors' ensembles, several devices, one-vs-all without a tree.
-Shapes   B batch, T tokens, D width, C clusters, F children of each (fan), K clusters kept, P positive pairs, S slots
+Shapes   B batch, T tokens, D width, C clusters, F children of each (fan), K kept for a document, U for any of a batch,
+         P positive pairs, S slots
 """
 
 from collections.abc import Iterator
@@ -109,7 +110,7 @@ class ShortlistProduct(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor) -> Tensor:
-        clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not x_BD.is_cuda)
+        clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not (x_BD.is_cuda and ctx.needs_input_grad[0]))
         index_BKF = place_BK[..., None].expand(-1, -1, weight.shape[1])
         ctx.save_for_backward(x_BD, weight, clusters_U, index_BKF)
         part = [table.index_select(0, clusters_U) for table in (weight, bias)]  # faster than weight[clusters_U]
@@ -129,14 +130,12 @@ class ShortlistProduct(torch.autograd.Function):
 
 def touched(clusters_BK: Tensor, n_clusters: int, wait: bool) -> tuple[Tensor, Tensor]:
     """(clusters (U,) that occur, place (B, K) of each among them). To count them, a GPU would have to be waited for:
-    without `wait`, U is the most there can be, min(B * K, n_clusters), filled up with clusters that do not occur."""
+    without `wait`, in training, U is the most there can be, min(B * K, n_clusters), filled up with others."""
     if wait:
         return clusters_BK.unique(return_inverse=True)
-    every_C = torch.arange(n_clusters, device=clusters_BK.device)
-    occurs_C = torch.zeros_like(every_C).scatter_(0, clusters_BK.flatten(), 1)
-    upto_C = occurs_C.cumsum(0)  # how many occur up to this one
-    place_C = torch.where(occurs_C > 0, upto_C - 1, upto_C[-1] + every_C - upto_C)
-    filled_C = torch.empty_like(every_C).scatter_(0, place_C, every_C)
+    occurs_C = torch.zeros(n_clusters, dtype=torch.uint8, device=clusters_BK.device)
+    filled_C = occurs_C.scatter_(0, clusters_BK.flatten(), 1).argsort(descending=True, stable=True)
+    place_C = torch.empty_like(filled_C).scatter_(0, filled_C, torch.arange(n_clusters, device=filled_C.device))
     return filled_C[: min(clusters_BK.numel(), n_clusters)], place_C[clusters_BK]
 
 
@@ -195,7 +194,7 @@ class Cascade(nn.Module):
         self.empty = nn.Buffer((slots < 0).view(tree.levels[-1], -1), persistent=False)
 
     def features(self, batch: data_stage.Batch) -> list[Tensor]:
-        """(B, D) per level. The encoder computes in the precision `amp`, the heads in float32: rounding makes ties."""
+        """(B, D) per level, float32. Only the encoder computes in the precision `amp`: coarse logits make ties."""
         kind, dtype = batch.ids_BT.device.type, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
         with torch.autocast(kind, dtype, enabled=dtype is not None):
             pooled = self.encoder(batch.ids_BT, batch.mask_BT, {layer for group in self.layers for layer in group})

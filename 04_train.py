@@ -36,8 +36,8 @@ RECIPES = {
     "pretrained": {"epochs": 15, "batch_size": 64, "lr": 1e-3, "lr_encoder": 1e-4},
 }
 POOL = 50  # batches whose documents are sorted by length together
-CLIP = 10.0  # largest norm of the gradient
-CHUNK = 4096  # clusters that RowAdam updates at a time: what it needs beside the gradient
+CLIP = 10.0  # largest norm of the gradient; RowAdam takes care of its rows by itself
+CHUNK = {"cpu": 2**20, "cuda": 2**25}  # weights that RowAdam updates at a time: on a CPU, what its caches hold
 INTERVALS = 50  # progress lines in a run, about
 
 
@@ -45,11 +45,11 @@ INTERVALS = 50  # progress lines in a run, about
 class Config(model_stage.Config):
     epochs: int = flag(None, "passes over the training documents [tiny 5, else 15]", positive)
     batch_size: int = flag(None, "documents per batch [tiny 128, else 64]", positive)
-    accumulate: int = flag(1, "batches whose gradients are added up before a step", positive)
+    accumulate: int = flag(1, "batches whose gradients are added up before a step; labels' wait in memory", positive)
     lr: float = flag(None, "learning rate of the heads [tiny 1e-2, else 1e-3]", float)
     lr_encoder: float = flag(None, "learning rate of the encoder [tiny 1e-3, else 1e-4]", float)
     amp: str = flag("auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at")
-    compile: bool = flag(False, "compile the encoder, once for all lengths: takes a minute, for long runs")
+    compile: bool = flag(False, "compile the encoder, not per length: takes a minute or two, for long runs")
     resume: bool = flag(False, "go on from RUN/checkpoint.pt")
 
 
@@ -81,7 +81,8 @@ class RowAdam(torch.optim.Optimizer):
                 if not self.state[weight]:
                     zeros = torch.zeros(weight.shape[:2], device=weight.device)
                     self.state[weight] = {"square": zeros, "history": zeros.clone()}
-                for clusters_U, g in zip(grad._indices()[0].split(CHUNK), grad._values().split(CHUNK), strict=True):
+                n = max(1, CHUNK[weight.device.type] // weight[0].numel())
+                for clusters_U, g in zip(grad._indices()[0].split(n), grad._values().split(n), strict=True):
                     self.update(weight, clusters_U, g.float(), group["lr"], group["weight_decay"])
 
     def update(self, weight: Tensor, clusters_U: Tensor, g: Tensor, lr: float, decay: float) -> None:
@@ -89,11 +90,11 @@ class RowAdam(torch.optim.Optimizer):
         g_UFD, state = g.view(*g.shape[:2], -1), self.state[weight]
         square_UF = torch.linalg.vector_norm(g_UFD, dim=2).square() / g_UFD.shape[2]
         here_UF = (square_UF > 0).float()
-        new = {"square": square_UF, "history": here_UF}
-        for key, new_UF in new.items():
-            new[key] = torch.lerp(state[key].index_select(0, clusters_U), new_UF, (1 - self.beta) * here_UF)
-            state[key].index_copy_(0, clusters_U, new[key])
-        rate_UF = lr * here_UF / ((new["square"] / new["history"].clamp(min=1e-12)).sqrt() + 1e-12)
+        square_UF = state["square"].index_select(0, clusters_U).lerp_(square_UF, (1 - self.beta) * here_UF)
+        history_UF = state["history"].index_select(0, clusters_U).lerp_(here_UF, (1 - self.beta) * here_UF)
+        state["square"].index_copy_(0, clusters_U, square_UF)
+        state["history"].index_copy_(0, clusters_U, history_UF)
+        rate_UF = lr * here_UF / ((square_UF / history_UF.clamp(min=1e-12)).sqrt() + 1e-12)
         w = weight.index_select(0, clusters_U).float()
         w.view_as(g_UFD).mul_(1 - lr * decay * here_UF[..., None]).addcmul_(g_UFD, rate_UF[..., None], value=-1)
         weight.index_copy_(0, clusters_U, round_stochastically(w) if weight.dtype == torch.bfloat16 else w)
@@ -181,12 +182,11 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
     `state`, training goes on as if it had never stopped. UserError when the loss is no longer finite."""
     device = next(model.parameters()).device
     groups = model.param_groups(config.lr, config.lr_encoder)
-    dense, rows = ([group for group in groups if group["rows"] is kind] for kind in (False, True))
-    optimizers = [torch.optim.AdamW(dense, fused=True, betas=(0.9, 0.99))]
-    optimizers += [RowAdam(rows, accumulated=config.accumulate > 1)] if rows else []
+    dense, rows = [g for g in groups if not g["rows"]], [g for g in groups if g["rows"]]
+    optimizers = [torch.optim.AdamW(dense, fused=True, betas=(0.9, 0.99)),
+                  *([RowAdam(rows, accumulated=config.accumulate > 1)] if rows else [])]
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     peak_lr = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
-    clipped = [parameter for group in dense for parameter in group["params"]]
     per_epoch = -(-len(batches) // config.accumulate)
     total, epochs_done = per_epoch * config.epochs, 0
     warmup, interval = min(per_epoch, total // 10), max(1, total // INTERVALS)
@@ -215,7 +215,7 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
                 group["lr"] = lr * lr_scale(step, total, warmup)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_(clipped, CLIP)
+            norm = torch.nn.utils.clip_grad_norm_([p for group in dense for p in group["params"]], CLIP)
             for optimizer in optimizers:
                 scaler.step(optimizer)
                 optimizer.zero_grad()

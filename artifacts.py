@@ -80,12 +80,18 @@ def settle(config: Any, recipes: dict[str, dict], encoder: str) -> Any:
     return dataclasses.replace(config, **{key: value for key, value in recipe.items() if getattr(config, key) is None})
 
 
+def set_arithmetic() -> None:
+    """After training, weights and optimiser states may hold denormal numbers, which a CPU multiplies many times more
+    slowly: flush them to zero. On a GPU float32 products, in the heads, use TF32: ten bits to bfloat16's seven."""
+    torch.set_flush_denormal(True)
+    torch.backends.cuda.matmul.allow_tf32 = True
+
+
 def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:
     """Run a stage from the command line and print the time it took; a UserError ends it with exit code 2."""
     start = time.perf_counter()
     config = parse(config_class, doc)
-    # After training, weights and optimiser states hold denormal numbers, which a CPU multiplies many times more slowly.
-    torch.set_flush_denormal(True)
+    set_arithmetic()
     try:
         stage(config)
     except UserError as error:
@@ -186,6 +192,8 @@ def choose_amp(amp: str, model: Any, batch: Any) -> str:
         fp32, bf16 = (1000 * seconds[amp] for amp in ("off", "bf16"))
         print(f"precision: one batch takes {fp32:.0f} ms in fp32 and {bf16:.0f} ms in bf16")
         amp = "bf16" if bf16 < fp32 else "off"
+    if amp == "fp16" and any(parameter.dtype == torch.bfloat16 for parameter in model.parameters()):
+        raise UserError("--label-bf16 does not go with fp16, whose scaler knows no bfloat16: --amp bf16 or off")
     model.amp = amp
     return amp
 
@@ -203,6 +211,8 @@ def progress(record: dict, config: Any) -> str:
 def load_checkpoint(path: Path, config: Any) -> dict:
     """The checkpoint to go on from; UserError unless it was made with these settings."""
     state, _ = load_pt(path)
+    if "optimizers" not in state:
+        raise UserError(f"--resume: {path} is of an older version of this program; start over without --resume")
     for key, before in state["config"].items():
         if getattr(config, key) not in (before, "auto"):
             raise UserError(f"--resume: {path} was made with {key}={before}, not {getattr(config, key)}; "

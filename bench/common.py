@@ -24,29 +24,36 @@ stages = SimpleNamespace(
 )
 
 
-def machine(device: str = "cpu") -> dict:
+def machine(args) -> dict:
     """Commit, processor, versions and date of a measurement."""
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True)
+    try:
+        command = ["git", "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, cwd=ROOT, capture_output=True, text=True).stdout.strip()
+    except OSError:  # no git here
+        commit = ""
     cpu = next((line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines()
                 if line.startswith("model name")), platform.machine())
     return {
-        "commit": commit.stdout.strip() or "unknown", "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
+        "commit": commit or "unknown", "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
         "cpu": f"{len(os.sched_getaffinity(0))} cores, {cpu}", "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name() if device == "cuda" else None,
+        "gpu": torch.cuda.get_device_name() if getattr(args, "device", "cpu") == "cuda" else None,
         "torch": torch.__version__, "numpy": np.__version__,
     }
 
 
-def report(out: str, config: object, rows: list[dict], device: str = "cpu") -> None:
-    """Print rows (what, value, target) as a table and write them, with their origin, to the JSON file `out`."""
-    origin = machine(device)
-    print()
-    for row in rows:
-        print(f"{row['what']:76} {row['value']:>12}   {row.get('target', '')}".rstrip())
-    print("\n" + ", ".join(f"{key} {value}" for key, value in origin.items() if value is not None))
-    Path(out).parent.mkdir(parents=True, exist_ok=True)
-    Path(out).write_text(json.dumps({"machine": origin, "settings": vars(config), "rows": rows}, indent=1) + "\n")
-    print(f"written to {out}")
+class Report:
+    """A table that grows: every row is printed and, with where it comes from, in the JSON file at once."""
+
+    def __init__(self, args) -> None:
+        self.path, self.content = Path(args.out), {"machine": machine(args), "settings": vars(args), "rows": []}
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        print(", ".join(f"{key} {value}" for key, value in self.content["machine"].items() if value is not None))
+
+    def row(self, what: str, value: float, target: str = "", form: str = ".2f", **more) -> None:
+        """One figure and what it should be."""
+        print(f"{what:76} {format(value, form):>10}   {target}".rstrip(), flush=True)
+        self.content["rows"].append({"what": what, "value": value, "target": target, **more})
+        self.path.write_text(json.dumps(self.content, indent=1) + "\n")
 
 
 def random_tree(n_labels: int, levels: list[int], seed: int = 0):
@@ -72,11 +79,11 @@ def random_documents(n: int, n_labels: int, vocab: int, median: int, seed: int =
     return stages.data.Split(ids, offsets, (pairs % n_labels).astype(np.int32), label_offsets)
 
 
-def random_data(n: int, n_labels: int, vocab: int = 30000, median: int = 60, seed: int = 0):
-    """Data with such documents in all splits."""
+def random_data(n: int, n_labels: int, vocab: int = 30000, median: int = 60, seed: int = 0, n_test: int = 1000):
+    """Data with such documents for training and testing."""
     meta = {"encoder": "tiny", "vocab_size": vocab, "prefix": [2], "suffix": [3], "pad": 0}
     splits = {name: random_documents(size, n_labels, vocab, median, seed + i)
-              for i, (name, size) in enumerate((("train", n), ("val", 1000), ("test", 1000)))}
+              for i, (name, size) in enumerate((("train", n), ("test", n_test)))}
     return stages.data.Data(splits, [], meta)
 
 

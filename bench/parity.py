@@ -1,6 +1,6 @@
 """Does the label level lose accuracy? The same models, their label rows trained in three ways, over several seeds.
 
-    python bench/parity.py                      the demo corpus, three seeds: half an hour on two CPU cores
+    python bench/parity.py                      the demo corpus, three seeds: 40 minutes on two CPU cores
     python bench/parity.py --kinds rows,dense --seeds 0 --epochs 1
 
 rows   as shipped: the touched clusters by RowAdam, one second moment per row
@@ -14,10 +14,9 @@ import argparse
 from pathlib import Path
 
 import numpy as np
-import torch
-from common import report, stages
+from common import Report, stages
 
-from artifacts import over_split
+from artifacts import over_split, set_arithmetic
 
 METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")
 build = stages.model.build
@@ -56,7 +55,8 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="[as the recipe says]")
     parser.add_argument("--out", default="bench/results/parity.json")
     args = parser.parse_args()
-    torch.set_flush_denormal(True)
+    set_arithmetic()
+    report = Report(args)
     found: dict[str, list] = {kind: [] for kind in args.kinds.split(",")}
     for seed in map(int, args.seeds.split(",")):
         for kind in found:
@@ -66,13 +66,10 @@ def main() -> None:
             found[kind].append(measure(run, kind, seed, args.amp, args.epochs))
             (run / "checkpoint.pt").unlink()
             print(f"seed {seed} {kind}:", dict(zip(METRICS, np.round(found[kind][-1], 2).tolist(), strict=True)))
-    rows = []
     for kind, table in found.items():
         for metric, values in zip(METRICS, zip(*table, strict=True), strict=True):
-            rows.append({"what": f"{kind:6} {metric}, mean of {len(values)} seeds; lowest to highest",
-                         "value": f"{np.mean(values):.2f}", "target": f"{min(values):.2f} to {max(values):.2f}",
-                         "seeds": values})
-    report(args.out, args, rows)
+            report.row(f"{kind:6} {metric}, mean of {len(values)} seeds; lowest to highest", float(np.mean(values)),
+                       f"{min(values):.2f} to {max(values):.2f}", seeds=values)
 
 
 if __name__ == "__main__":

@@ -10,13 +10,12 @@ artifacts.main() has them flushed, over the time with it, on one thread.
 """
 
 import argparse
-import time
 
 import numpy as np
 import torch
-from common import random_data, random_documents, random_model, report, spread_shortlists, stages
+from common import Report, random_data, random_documents, random_model, spread_shortlists, stages
 
-from artifacts import in_turn
+from artifacts import in_turn, set_arithmetic
 
 SHAPE = {"cpu": {"depth": 2, "width": 64}, "cuda": {"depth": 12, "width": 768}}
 
@@ -29,9 +28,10 @@ def models(args) -> tuple:
         return model, data, config.max_len, ranking, args.run
     spread_shortlists()
     levels = stages.tree.choose_levels(args.labels)
-    topk = [min(n, k) for n, k in zip(levels, [128, 256, 400][-len(levels):], strict=True)]
+    topk = [min(n, k) for n, k in zip(levels, [128, 128, 256, 400][-len(levels):], strict=True)]
     model = random_model(args.labels, levels, topk, max_len=128, device=args.device, **SHAPE[args.device])
-    return model, random_data(1000, args.labels), 128, "parent", f"{args.labels:,} labels"
+    model.amp = {"cpu": "off", "cuda": "bf16"}[args.device]
+    return model, random_data(100, args.labels, n_test=args.documents), 128, "parent", f"{args.labels:,} labels"
 
 
 @torch.no_grad()
@@ -102,18 +102,11 @@ def main() -> None:
     parser.add_argument("--metrics", type=int, default=500000, help="documents for the metrics' time [500000]")
     parser.add_argument("--out", default="bench/results/predict.json")
     args = parser.parse_args()
-    torch.set_flush_denormal(True)
-    torch.backends.cuda.matmul.allow_tf32 = True
-    start, rows = time.perf_counter(), []
-
-    def row(what: str, value: float, target: str = "", form: str = ".2f") -> None:
-        rows.append({"what": what, "value": format(value, form), "number": value, "target": target})
-
+    set_arithmetic()
+    row = Report(args).row
     model, *rest = models(args)
     speed(model.to(args.device).eval(), *rest, args, row)
     metric_time(args.metrics, 131072, args, row)
-    report(args.out, args, rows, args.device)
-    print(f"{time.perf_counter() - start:.0f} s")
 
 
 if __name__ == "__main__":

@@ -10,21 +10,25 @@ clusters as it can. Every ratio is of medians over steps taken in turn in this p
 import argparse
 import gc
 from functools import partial
+from itertools import count
 
 import numpy as np
 import torch
-from common import peak_bytes, random_data, random_model, report, spread_shortlists, stages
+from common import Report, peak_bytes, random_data, random_model, spread_shortlists, stages
 
-from artifacts import in_turn
+from artifacts import in_turn, set_arithmetic
 
-SIZES = {  # labels: (clusters per level, clusters kept per level)
-    "cpu": {131072: ([1024, 16384], [64, 64]), 3145728: ([1024, 8192, 131072], [64, 64, 64])},
+# labels: (clusters per level, clusters kept per level); the biggest with cluster levels as published for Amazon-3M
+SIZES = {
+    "cpu": {131072: ([1024, 16384], [128, 256]), 670091: ([1024, 8192, 65536], [128, 128, 256]),
+            2812281: ([1024, 8192, 131072], [128, 128, 256])},
     "cuda": {131072: ([1024, 16384], [256, 400]), 670091: ([1024, 8192, 65536], [128, 256, 400]),
              2812281: ([1024, 8192, 131072], [128, 256, 400])},
+    "toy": {512: ([16, 64], [8, 8]), 4096: ([16, 64, 512], [8, 8, 8])},
 }
-TOY = {512: ([16, 64], [8, 8]), 4096: ([16, 64, 512], [8, 8, 8])}
-SHAPE = {"cpu": {"depth": 2, "width": 64, "batch": 32, "tokens": 128},
+SHAPE = {"cpu": {"depth": 2, "width": 128, "batch": 32, "tokens": 128},
          "cuda": {"depth": 12, "width": 768, "batch": 64, "tokens": 128}}
+REPEAT = {"cpu": 1, "cuda": 5}  # steps between two looks at the clock: a GPU is kept busy
 
 
 def optimizers_of(model, dense: bool = False) -> list[torch.optim.Optimizer]:
@@ -38,6 +42,8 @@ def optimizers_of(model, dense: bool = False) -> list[torch.optim.Optimizer]:
 def step(model, optimizers, next_batch, amp: str) -> None:
     model.amp = amp
     model.loss(next_batch())[0].sum().backward()
+    dense = [parameter for group in optimizers[0].param_groups for parameter in group["params"]]
+    torch.nn.utils.clip_grad_norm_(dense, stages.train.CLIP)
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
@@ -47,8 +53,14 @@ def encoder_step(model, optimizer, batch, amp: str) -> None:
     """The same batch through the encoder alone, with the gradient of a plain sum, and its update."""
     model.amp = amp
     sum(x_BD.sum() for x_BD in model.features(batch)).backward()
+    torch.nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], stages.train.CLIP)
     optimizer.step()
     optimizer.zero_grad()
+
+
+def often(run, device: str):
+    """A pass of several steps, where a single one would measure how long it takes to start it."""
+    return lambda: [run() for _ in range(REPEAT[device])]
 
 
 def gathered(head, x_BD, clusters_BK):
@@ -57,12 +69,10 @@ def gathered(head, x_BD, clusters_BK):
 
 
 def match_by_loop(node_P, doc_P, parents_BK, fan):
-    """Targets document by document, each brought to the CPU."""
-    candidates, targets = stages.tree.expand(parents_BK, fan), []
-    for b in range(len(parents_BK)):
-        mine = set(node_P[doc_P == b].tolist())
-        targets.append([float(node in mine) for node in candidates[b].tolist()])
-    return torch.tensor(targets, device=parents_BK.device).view(*parents_BK.shape, fan)
+    """Targets document by document, all candidates against all its positive nodes, as the authors' code does."""
+    candidates = stages.tree.expand(parents_BK, fan)
+    targets = [(candidates[b][:, None] == node_P[doc_P == b]).any(1).float() for b in range(len(parents_BK))]
+    return torch.stack(targets).view(*parents_BK.shape, fan)
 
 
 def usual_step(model, optimizers, batch, amp: str) -> None:
@@ -101,55 +111,66 @@ def typical_rows(batches) -> np.ndarray:
     return rows_of[int(np.argsort([batches.length_N[rows].max() for rows in rows_of])[len(rows_of) // 2])]
 
 
-def measure(n_labels: int, levels: list[int], topk: list[int], shape, args, row) -> float:
-    """Rows for a model of that many labels; the seconds of its step."""
+def endless(batches):
+    """Epoch after epoch."""
+    return (batch for epoch in count() for batch in batches(epoch))
+
+
+def measure(n_labels: int, levels: list[int], topk: list[int], shape, args, row) -> None:
+    """Rows for a model of that many labels."""
     data, name = random_data(20000, n_labels), f"{n_labels:,} labels"
     batches = stages.train.Batches(data, shape.batch, shape.tokens, 0)
-    typical, stream = typical_rows(batches), iter(batches(0))
+    typical, stream = typical_rows(batches), endless(batches)
     fixed = batch_of(data, batches, typical, args.device)
     before = peak_bytes(lambda: None, args.device)
     model = random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
+    if args.compile:
+        model.encoder.compile(dynamic=True)
     optimizers = optimizers_of(model)
     alone = torch.optim.AdamW([p for key, p in model.named_parameters() if key.startswith("encoder.")], fused=True)
     one_step = partial(step, model, optimizers, amp=args.amp)
     seconds = in_turn({
-        "resident": lambda: one_step(lambda: fixed),
-        "made": lambda: one_step(lambda: batch_of(data, batches, typical, args.device)),
-        "stream": lambda: one_step(lambda: next(stream).to(args.device)),
-        "encoder": partial(encoder_step, model, alone, fixed, args.amp),
+        "resident": often(lambda: one_step(lambda: fixed), args.device),
+        "made": often(lambda: one_step(lambda: batch_of(data, batches, typical, args.device)), args.device),
+        "encoder": often(partial(encoder_step, model, alone, fixed, args.amp), args.device),
     }, args.rounds)
     row(f"{name}: full step / encoder-only step, same batch", seconds["resident"] / seconds["encoder"],
         "GPU: <= 1.2 at 670K, <= 1.3 at 3M")
     row(f"{name}: step with its batch made from flat ids / batch there already", seconds["made"] / seconds["resident"])
-    row(f"{name}: documents per second, whole epoch's batches", shape.batch / seconds["stream"], "", ",.0f")
+    n = 2 * args.rounds * REPEAT[args.device]
+    whole = in_turn({"stream": lambda: [one_step(lambda: next(stream).to(args.device)) for _ in range(n)]}, 1)
+    row(f"{name}: documents per second, {n} batches of all lengths", n * shape.batch / whole["stream"], "", ",.0f")
     del alone
     gc.collect()
     top = peak_bytes(lambda: one_step(lambda: fixed), args.device) - (before if args.device == "cpu" else 0)
     held = [*model.parameters(), *(value for o in optimizers for s in o.state.values() for value in s.values())]
     row(f"{name}: peak memory of a step, GiB", top / 2**30, "GPU: <= 8 at 670K, <= 16 at 3M")
     row(f"{name}: of these weights and optimiser states, GiB", sum(x.nbytes for x in held) / 2**30)
-    return seconds["resident"]
+
+
+def padding(shape, row) -> None:
+    batches = stages.train.Batches(random_data(20000, 1000), shape.batch, shape.tokens, 0)
+    real = batches.length_N.sum()
+    padded = sum(batches.length_N[rows].max() * len(rows) for rows in batches.rows(0))
+    row("real / padded tokens, length buckets", real / padded, ">= 0.97", ".3f")
+    row("real / padded tokens, padded to the maximum", real / (shape.tokens * len(batches.length_N)), "", ".3f")
 
 
 def against_usual(n_labels: int, levels: list[int], topk: list[int], shape, args, row) -> None:
     """Rows for the usual way: gathers, loops, dense AdamW, and documents as they come, padded to the maximum."""
     data = random_data(20000, n_labels)
     batches = stages.train.Batches(data, shape.batch, shape.tokens, 0)
-    real = sum(batches.length_N)
-    row("real / padded tokens, length buckets",
-        real / sum(batches.length_N[rows].max() * len(rows) for rows in batches.rows(0)), ">= 0.97")
-    row("real / padded tokens, padded to the maximum", real / (shape.tokens * len(batches.length_N)))
     ours, usual = (random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
                    for _ in range(2))
     for head in usual.heads:
         head.sparse = False
     plain = data.batch("train", np.random.default_rng(0).permutation(20000)[: shape.batch], shape.tokens)
     ids, mask = (torch.nn.functional.pad(x, (0, shape.tokens - x.shape[1])) for x in plain[:2])
-    plain, stream = plain._replace(ids_BT=ids, mask_BT=mask).to(args.device), iter(batches(1))
+    plain, stream = plain._replace(ids_BT=ids, mask_BT=mask).to(args.device), endless(batches)
     ours_optimizers, usual_optimizers = optimizers_of(ours), optimizers_of(usual, dense=True)
     seconds = in_turn({
-        "usual": lambda: usual_step(usual, usual_optimizers, plain, args.amp),
-        "ours": lambda: step(ours, ours_optimizers, lambda: next(stream).to(args.device), args.amp),
+        "usual": often(lambda: usual_step(usual, usual_optimizers, plain, args.amp), args.device),
+        "ours": often(lambda: step(ours, ours_optimizers, lambda: next(stream).to(args.device), args.amp), args.device),
     }, args.rounds)
     row(f"{n_labels:,} labels: step in the usual way / ours", seconds["usual"] / seconds["ours"],
         ">= 4 on a CPU, >= 5 on a GPU")
@@ -159,28 +180,28 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cpu", choices=("cpu", "cuda"))
     parser.add_argument("--amp", help="precision of the encoder [off on a CPU, bf16 on a GPU]")
+    parser.add_argument("--compile", action="store_true", help="the second size alone, with the encoder compiled")
     parser.add_argument("--rounds", type=int, default=15, help="steps of each kind [15]")
     parser.add_argument("--toy", action="store_true", help="hundreds of labels: only to see that it runs")
     parser.add_argument("--out", default="bench/results/step.json")
     args = parser.parse_args()
     args.amp = args.amp or {"cpu": "off", "cuda": "bf16"}[args.device]
-    torch.set_flush_denormal(True)
-    torch.backends.cuda.matmul.allow_tf32 = True
+    set_arithmetic()
     spread_shortlists()
     shape = argparse.Namespace(**SHAPE[args.device])
-    sizes = TOY if args.toy else SIZES[args.device]
-    rows = []
-
-    def row(what: str, value: float, target: str = "", form: str = ".2f") -> None:
-        rows.append({"what": what, "value": format(value, form), "number": value, "target": target})
-
-    seconds = in_turn({n: label_level_pass(n, shape, args.device) for n in (131072, 3145728)}, 3 * args.rounds)
-    row("label level, 3M labels / 131K, same shortlists", seconds[3145728] / seconds[131072], "<= 1.10")
-    against_usual(min(sizes), *sizes[min(sizes)], shape, args, row)
-    by_labels = {n: measure(n, *sizes[n], shape, args, row) for n in sizes}
-    row(f"full step at {max(sizes):,} labels / {min(sizes):,}", by_labels[max(sizes)] / by_labels[min(sizes)],
-        "GPU: <= 1.10")
-    report(args.out, args, rows, args.device)
+    sizes = SIZES["toy" if args.toy else args.device]
+    row = Report(args).row
+    if not args.compile:
+        few, many = (65536, 131072) if args.toy else (131072, 3145728)
+        passes = {n: label_level_pass(n, shape, args.device) for n in (few, many)}
+        seconds = in_turn(passes, 3 * args.rounds)
+        row(f"label level, {many:,} labels / {few:,}, same shortlists", seconds[many] / seconds[few], "<= 1.10")
+        del passes
+        padding(shape, row)
+        for n_labels in list(sizes)[:2]:
+            against_usual(n_labels, *sizes[n_labels], shape, args, row)
+    for n_labels in list(sizes)[1:2] if args.compile else sizes:
+        measure(n_labels, *sizes[n_labels], shape, args, row)
 
 
 if __name__ == "__main__":

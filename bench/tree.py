@@ -17,7 +17,7 @@ import math  # noqa: E402
 import time  # noqa: E402
 
 import numpy as np  # noqa: E402
-from common import peak_bytes, report, stages, topic_split, topic_tokens  # noqa: E402
+from common import Report, peak_bytes, stages, topic_split, topic_tokens  # noqa: E402
 from scipy.sparse import csr_matrix, vstack  # noqa: E402
 
 tree = stages.tree
@@ -133,16 +133,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=1, help="times that each is run, in turn [1]")
     parser.add_argument("--out", default="bench/results/tree.json")
     args = parser.parse_args()
-    rows = []
-
-    def row(what: str, value: float, target: str = "", form: str = ".2f") -> None:
-        rows.append({"what": what, "value": format(value, form), "number": value, "target": target})
-
+    row = Report(args).row
     for n_labels in filter(None, args.labels.split(",")):
         compare(int(n_labels), args, row)
     if args.whole:
         whole(args.whole, args, row)
-    report(args.out, args, rows)
 
 
 if __name__ == "__main__":

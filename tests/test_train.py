@@ -47,7 +47,7 @@ def sparse_gradient(shape, clusters, seed):
 
 @pytest.mark.parametrize(("shape", "decay"), [((9, 3, 5), 0.1), ((9, 3), 0.0)])
 def test_row_adam_equals_a_loop_over_rows(monkeypatch, shape, decay):
-    monkeypatch.setattr(train, "CHUNK", 2)
+    monkeypatch.setattr(train, "CHUNK", {"cpu": 2 * int(np.prod(shape[1:]))})
     lr, beta = 0.1, 0.9
     start = torch.randn(shape, generator=torch.Generator().manual_seed(9))
     weight = torch.nn.Parameter(start.clone())
@@ -228,11 +228,38 @@ def test_every_precision_trains_on_this_machine(tmp_path, prepared, done, amp):
     assert config.amp == amp if amp != "auto" else config.amp in ("bf16", "off")
 
 
+def test_bf16_rows_and_fp16_are_refused_together(prepared):
+    with pytest.raises(UserError, match="--label-bf16 does not go with fp16"):
+        train.run(config_of(prepared, amp="fp16", label_bf16=True))
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: fp16 with a gradient scaler")
 def test_fp16_with_a_scaler_trains_on_a_gpu(tmp_path, prepared, done):
     train.run(config_of(tmp_path, amp="fp16", epochs=1))
     losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines() if "loss" in line]
     assert np.isfinite(losses).all()
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: whether a step waits for it")
+def test_a_step_on_a_gpu_waits_for_nothing(done):
+    loaded = stages.data.load(done)
+    config = artifacts.settle(artifacts.settle(config_of(done), train.RECIPES, "tiny"), stages.model.RECIPES, "tiny")
+    model = stages.model.build(loaded, stages.tree.load(done), config).cuda().train()
+    batch = loaded.batch("train", np.arange(16), 32).to("cuda")
+    groups = model.param_groups(1e-3, 1e-4)
+    optimizers = [torch.optim.AdamW([group for group in groups if not group["rows"]], fused=True),
+                  train.RowAdam([group for group in groups if group["rows"]], accumulated=False)]
+    model.amp = "bf16"
+    for mode in ("default", "error"):
+        model.zero_grad()
+        torch.cuda.set_sync_debug_mode(mode)
+        try:
+            model.loss(batch)[0].sum().backward()
+            torch.nn.utils.clip_grad_norm_(optimizers[0].param_groups[0]["params"], 1.0)
+            for optimizer in optimizers:
+                optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
 
 
 def test_validation_counts_what_the_metrics_count(done):
