@@ -23,6 +23,8 @@ stages = SimpleNamespace(
     eval=import_module("05_eval"),
 )
 
+shortlist = stages.model.shortlist
+
 
 def machine(args) -> dict:
     """Commit, processor, versions and date of a measurement."""
@@ -102,11 +104,13 @@ def random_model(n_labels: int, levels: list[int], topk: list[int], depth: int, 
     return model
 
 
-def spread_shortlists() -> None:
-    """Let shortlists be drawn at random. An untrained model keeps the same clusters for all documents; these touch as
-    many as a batch can: the most expensive case."""
-    kept = stages.model.shortlist
-    stages.model.shortlist = lambda logits_BKF, targets_BKF, k: kept(torch.randn_like(logits_BKF), targets_BKF, k)
+def spread_shortlists(spread: bool = True) -> None:
+    """Let shortlists be drawn at random: a batch touches as many clusters as it can, the most expensive case. Without,
+    an untrained model keeps about the same clusters for all documents. A trained one lies in between."""
+    def drawn(logits_BKF, targets_BKF, k: int):
+        return shortlist(torch.randn_like(logits_BKF) if spread else logits_BKF, targets_BKF, k)
+
+    stages.model.shortlist = drawn
 
 
 def peak_bytes(run, device: str = "cpu") -> int:

@@ -3,8 +3,9 @@
     python bench/step.py                    small sizes, two or three minutes on two CPU cores
     python bench/step.py --device cuda      BERT-base, 128 tokens, batches of 64, up to 3 million labels
 
-Weights, texts and labels are random, lengths are not; shortlists are drawn at random, so that a batch touches as many
-clusters as it can. Every ratio is of medians over steps taken in turn in this process.
+Weights, texts and labels are random, lengths are not. Shortlists are drawn at random, so that a batch touches as many
+clusters as it can, the most expensive case; beside the usual way also left alike, the cheapest. Every ratio is of
+medians over steps taken in turn in this process.
 """
 
 import argparse
@@ -168,12 +169,16 @@ def against_usual(n_labels: int, levels: list[int], topk: list[int], shape, args
     ids, mask = (torch.nn.functional.pad(x, (0, shape.tokens - x.shape[1])) for x in plain[:2])
     plain, stream = plain._replace(ids_BT=ids, mask_BT=mask).to(args.device), endless(batches)
     ours_optimizers, usual_optimizers = optimizers_of(ours), optimizers_of(usual, dense=True)
-    seconds = in_turn({
-        "usual": often(lambda: usual_step(usual, usual_optimizers, plain, args.amp), args.device),
-        "ours": often(lambda: step(ours, ours_optimizers, lambda: next(stream).to(args.device), args.amp), args.device),
-    }, args.rounds)
-    row(f"{n_labels:,} labels: step in the usual way / ours", seconds["usual"] / seconds["ours"],
-        ">= 4 on a CPU, >= 5 on a GPU")
+    for spread, name in ((True, "at random"), (False, "alike")):
+        spread_shortlists(spread)
+        seconds = in_turn({
+            "usual": often(lambda: usual_step(usual, usual_optimizers, plain, args.amp), args.device),
+            "ours": often(lambda: step(ours, ours_optimizers, lambda: next(stream).to(args.device), args.amp),
+                          args.device),
+        }, args.rounds)
+        row(f"{n_labels:,} labels: usual way / ours, shortlists {name}", seconds["usual"] / seconds["ours"],
+            ">= 4 on a CPU, >= 5 on a GPU")
+    spread_shortlists()
 
 
 def main() -> None:
