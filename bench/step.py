@@ -203,7 +203,7 @@ def main() -> None:
         row(f"label level, {many:,} labels / {few:,}, same shortlists", seconds[many] / seconds[few], "<= 1.10")
         del passes
         padding(shape, row)
-        for n_labels in list(sizes)[:2]:
+        for n_labels in sizes:
             against_usual(n_labels, *sizes[n_labels], shape, args, row)
     for n_labels in list(sizes)[1:2] if args.compile else sizes:
         measure(n_labels, *sizes[n_labels], shape, args, row)
