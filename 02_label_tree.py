@@ -150,11 +150,11 @@ def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations
     sign[position[np.minimum(bounds[:-1] + 1, bounds[1:] - 1)]] = -1
     sign[position[bounds[:-1]]] = 1
     gap_L, to_all_L = blocks @ (sums @ sign), blocks @ (sums @ np.ones(len(order), Z.dtype))
-    half, left = halve(bounds)[1::2], None
+    half_L, left = np.repeat(halve(bounds)[1::2], sizes), None
     for _ in range(iterations):
         position = np.argsort(node_L * (1 + 2 * np.abs(gap_L).max()) - gap_L)  # by node, then by falling gap
         before, left = left, np.zeros(len(order), bool)
-        left[position] = np.arange(len(order)) < np.repeat(half, sizes)
+        left[position] = np.arange(len(order)) < half_L
         # Deep down most nodes are done after a few rounds, and a round costs the same for all.
         if before is not None and np.count_nonzero(left != before) <= TOLERANCE * len(order):
             break

@@ -16,7 +16,9 @@ import sys
 import time
 import zipfile
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,6 +87,12 @@ def set_arithmetic() -> None:
     slowly: flush them to zero. On a GPU float32 products, in the heads, use TF32: ten bits to bfloat16's seven."""
     torch.set_flush_denormal(True)
     torch.backends.cuda.matmul.allow_tf32 = True
+
+
+def stages() -> SimpleNamespace:
+    """The five stages as modules, for what builds on them: their names begin with digits."""
+    names = {"data": "01_data", "tree": "02_label_tree", "model": "03_model", "train": "04_train", "eval": "05_eval"}
+    return SimpleNamespace(**{name: import_module(file) for name, file in names.items()})
 
 
 def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:

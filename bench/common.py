@@ -6,22 +6,16 @@ import platform
 import subprocess
 import sys
 import time
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-stages = SimpleNamespace(
-    data=import_module("01_data"),
-    tree=import_module("02_label_tree"),
-    model=import_module("03_model"),
-    train=import_module("04_train"),
-    eval=import_module("05_eval"),
-)
+import artifacts  # noqa: E402
+
+stages = artifacts.stages()
 
 shortlist = stages.model.shortlist
 

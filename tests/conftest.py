@@ -3,26 +3,20 @@
 import gzip
 import json
 import os
-from importlib import import_module
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
+
+import artifacts
 
 ROOT = Path(__file__).parent.parent
 # Small models on small batches: threads would only wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-stages = SimpleNamespace(
-    data=import_module("01_data"),
-    tree=import_module("02_label_tree"),
-    model=import_module("03_model"),
-    train=import_module("04_train"),
-    eval=import_module("05_eval"),
-)
+stages = artifacts.stages()
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
