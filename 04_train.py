@@ -61,13 +61,15 @@ def round_stochastically(values: Tensor) -> Tensor:
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam for the rows of labels: reads and writes the clusters that the gradient names, and keeps per row, instead of
-    two moments per weight, the mean square v of its gradient and the weight c of its history:
+    """Adam for the rows of labels: reads and writes the clusters that the gradient names. Instead of two moments per
+    weight it keeps the mean square v of a row's gradient, the weight c of the row's history, and the squares f of the
+    features' gradients in all rows (second moments in two factors: Adafactor, Shazeer and Stern 2018):
 
-        v <- beta v + (1 - beta) mean_d(g^2)     c <- beta c + (1 - beta)     w <- w - lr (g / sqrt(v / c) + decay w)
+        v <- beta v + (1 - beta) mean_d(g^2)    c <- beta c + (1 - beta)    f <- beta f + (1 - beta) sum_rows(g^2)
+        w <- w - lr (g / sqrt(v / c * f / mean_d(f)) + decay w)
 
     Rows without any gradient, empty slots for one, stay as they are. Gradients are sparse tensors as Head makes them;
-    `accumulated` says that a cluster may occur in them more than once. bfloat16 is rounded stochastically."""
+    `accumulated`: a cluster may occur in them twice. bfloat16 is rounded stochastically."""
 
     def __init__(self, groups: list[dict], accumulated: bool, beta: float = 0.99) -> None:
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})
@@ -78,25 +80,30 @@ class RowAdam(torch.optim.Optimizer):
         for group in self.param_groups:
             for weight in group["params"]:
                 grad = weight.grad.coalesce() if self.accumulated else weight.grad
-                if not self.state[weight]:
-                    zeros = torch.zeros(weight.shape[:2], device=weight.device)
-                    self.state[weight] = {"square": zeros, "history": zeros.clone()}
+                if not self.state[weight]:  # of a bias (C, F) the rows have a single feature
+                    shapes = {"rows": (*weight.shape[:2], 2), "features": weight.shape[2:] or 1}
+                    self.state[weight] = {name: torch.zeros(n, device=weight.device) for name, n in shapes.items()}
                 n = max(1, CHUNK[weight.device.type] // weight[0].numel())
-                for clusters_U, g in zip(grad._indices()[0].split(n), grad._values().split(n), strict=True):
-                    self.update(weight, clusters_U, g.float(), group["lr"], group["weight_decay"])
+                parts = list(zip(grad._indices()[0].split(n), grad._values().split(n), strict=True))
+                features_D = self.state[weight]["features"].mul_(self.beta)
+                for _, g in parts:
+                    features_D.add_(g.float().view(-1, len(features_D)).square().sum(0), alpha=1 - self.beta)
+                scale_D = ((features_D.mean() + 1e-30) / (features_D + 1e-30)).sqrt()
+                for clusters_U, g in parts:
+                    self.update(weight, clusters_U, g.float(), scale_D, group["lr"], group["weight_decay"])
 
-    def update(self, weight: Tensor, clusters_U: Tensor, g: Tensor, lr: float, decay: float) -> None:
+    def update(self, weight: Tensor, clusters_U: Tensor, g: Tensor, scale_D: Tensor, lr: float, decay: float) -> None:
         """One step for some clusters with gradients g (U, F, D), for a bias (U, F)."""
-        g_UFD, state = g.view(*g.shape[:2], -1), self.state[weight]
+        g_UFD, rows = g.view(*g.shape[:2], -1), self.state[weight]["rows"]
         square_UF = torch.linalg.vector_norm(g_UFD, dim=2).square() / g_UFD.shape[2]
-        here_UF = (square_UF > 0).float()
-        square_UF = state["square"].index_select(0, clusters_U).lerp_(square_UF, (1 - self.beta) * here_UF)
-        history_UF = state["history"].index_select(0, clusters_U).lerp_(here_UF, (1 - self.beta) * here_UF)
-        state["square"].index_copy_(0, clusters_U, square_UF)
-        state["history"].index_copy_(0, clusters_U, history_UF)
-        rate_UF = lr * here_UF / ((square_UF / history_UF.clamp(min=1e-12)).sqrt() + 1e-12)
+        here_UF1 = (square_UF > 0).float()[..., None]
+        now_UF2 = torch.cat([square_UF[..., None], here_UF1], dim=2)
+        rows_UF2 = rows.index_select(0, clusters_U).lerp_(now_UF2, (1 - self.beta) * here_UF1)
+        rows.index_copy_(0, clusters_U, rows_UF2)
+        square_UF1, history_UF1 = rows_UF2.split(1, dim=2)
+        rate_UF1 = lr * here_UF1 / ((square_UF1 / history_UF1.clamp(min=1e-12)).sqrt() + 1e-12)
         w = weight.index_select(0, clusters_U).float()
-        w.view_as(g_UFD).mul_(1 - lr * decay * here_UF[..., None]).addcmul_(g_UFD, rate_UF[..., None], value=-1)
+        w.view_as(g_UFD).mul_(1 - lr * decay * here_UF1).addcmul_(g_UFD * scale_D, rate_UF1, value=-1)
         weight.index_copy_(0, clusters_U, round_stochastically(w) if weight.dtype == torch.bfloat16 else w)
 
     def load_state_dict(self, state_dict: dict) -> None:
@@ -106,10 +113,9 @@ class RowAdam(torch.optim.Optimizer):
 
 
 class Batches:
-    """The training documents, in another order every epoch that depends on nothing but the seed and the epoch.
-
-    They are shuffled, sorted by length within pools of 50 batches, and the batches shuffled again: documents of a batch
-    are of about one length, so hardly any padding is computed, at the price of a little randomness."""
+    """The training documents, in an order that depends on the seed and the epoch alone: shuffled, sorted by length
+    within pools of 50 batches, and the batches shuffled again. Those of a batch are of about one length, so hardly any
+    padding is computed, at the price of a little randomness."""
 
     def __init__(self, data: data_stage.Data, batch_size: int, max_len: int, seed: int) -> None:
         self.data, self.batch_size, self.max_len, self.seed = data, batch_size, max_len, seed
@@ -137,8 +143,7 @@ def hits(labels_Nk: np.ndarray, split: data_stage.Split) -> np.ndarray:
     stride = int(max(split.labels.max(initial=0), labels_Nk.max(initial=0))) + 1
     true_P = np.repeat(np.arange(len(split)), np.diff(split.label_offsets)) * stride + split.labels
     key_Nk = np.arange(len(split))[:, None] * stride + labels_Nk
-    place_Nk = np.searchsorted(true_P, key_Nk)
-    return (np.append(true_P, -1)[place_Nk] == key_Nk) & (labels_Nk >= 0)
+    return (np.append(true_P, -1)[np.searchsorted(true_P, key_Nk)] == key_Nk) & (labels_Nk >= 0)
 
 
 def predict_rankings(model: model_stage.Cascade, batch: data_stage.Batch, k: int) -> dict[str, np.ndarray]:
@@ -186,7 +191,7 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
     optimizers = [torch.optim.AdamW(dense, fused=True, betas=(0.9, 0.99)),
                   *([RowAdam(rows, accumulated=config.accumulate > 1)] if rows else [])]
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
-    peak_lr = [group["lr"] for optimizer in optimizers for group in optimizer.param_groups]
+    peak_lr = [group["lr"] for group in (*dense, *rows)]
     per_epoch = -(-len(batches) // config.accumulate)
     total, epochs_done = per_epoch * config.epochs, 0
     warmup, interval = min(per_epoch, total // 10), max(1, total // INTERVALS)
@@ -262,21 +267,18 @@ def run(config: Config) -> None:
         print(f"going on after epoch {state['epochs_done']} of {config.epochs}")
     else:
         artifacts.refuse_unfinished(out / "checkpoint.pt")
-    batches = Batches(data, config.batch_size, config.max_len, config.seed)
+    batches, best = Batches(data, config.batch_size, config.max_len, config.seed), state["best"] if state else -1.0
     config = replace(config, amp=artifacts.choose_amp(config.amp, model, next(batches(0)).to(device)))
     if config.compile:
         model.encoder.compile(dynamic=True)
     torch.manual_seed(config.seed)
     print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()))
-    best = state["best"] if state else -1.0
 
     with open(out / "log.jsonl", "a" if config.resume else "w") as log_file:
 
         def log(record: dict) -> None:
-            log_file.write(json.dumps(record) + "\n")
-            log_file.flush()
-            if "loss" in record:
-                print(artifacts.progress(record, config), flush=True)
+            print(json.dumps(record), file=log_file, flush=True)
+            print(artifacts.progress(record, config), flush=True)
 
         def after_epoch(epoch: int, state: dict) -> None:
             nonlocal best
@@ -284,8 +286,6 @@ def run(config: Config) -> None:
             # p(label) alone was trained inside shortlists only: over all labels it ranks otherwise, so it is no choice.
             ranking = max(("parent", "path"), key=lambda name: sum(result["P"][name]))
             log({"epoch": epoch, "validation": result, "ranking": ranking})
-            print(f"epoch {epoch} validation P@1/3/5 {'/'.join(f'{p:.1f}' for p in result['P'][ranking])} ranked by "
-                  f"{ranking}; shortlist recall {' '.join(f'{r:.1f}' for r in result['recall'])}", flush=True)
             inputs, content = ("data.npz", "tree.npz"), {"config": settings(config), "ranking": ranking}
             if sum(result["P"][ranking]) > best:
                 best = sum(result["P"][ranking])

@@ -207,7 +207,11 @@ def choose_amp(amp: str, model: Any, batch: Any) -> str:
 
 
 def progress(record: dict, config: Any) -> str:
-    """The line that a person reads for a record of `fit`."""
+    """The line that a person reads for a record of the log."""
+    if "validation" in record:
+        precision, recall = record["validation"]["P"][record["ranking"]], record["validation"]["recall"]
+        return (f"epoch {record['epoch']} validation P@1/3/5 {'/'.join(f'{p:.1f}' for p in precision)} ranked by "
+                f"{record['ranking']}; shortlist recall {' '.join(f'{r:.1f}' for r in recall)}")
     rate = record["batches_per_s"]
     left = (record["total"] - record["step"]) * config.accumulate / rate
     return (f"epoch {record['epoch']}/{config.epochs} step {record['step']}/{record['total']}"

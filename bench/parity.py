@@ -3,7 +3,7 @@
     python bench/parity.py                      the demo corpus, three seeds: 40 minutes on two CPU cores
     python bench/parity.py --kinds rows,dense --seeds 0 --epochs 1
 
-rows   as shipped: the touched clusters by RowAdam, one second moment per row
+rows   as shipped: the touched clusters by RowAdam, a second moment per row and per feature
 dense  all rows in every step by AdamW, two moments per weight, as the cluster levels
 bf16   as rows, with --label-bf16
 
