@@ -6,8 +6,7 @@
 Reads    FOLDER/{train,val,test}.jsonl.gz   one document a line: {"text": "...", "labels": ["name", ...]}
          FOLDER/labels.jsonl.gz             one label a line:    {"name": "...", "text": "what it stands for"}
          Without val.jsonl.gz a tenth of the training documents, drawn with --seed, becomes the validation split.
-Writes   RUN/data.npz      token ids and label ids of every split, label names (the README has the table)
-         RUN/tokenizer/    the tokeniser, as transformers saves it
+Writes   RUN/data.npz      token ids and label ids of every split, label names, the tokeniser (the README has the table)
 
 Token ids are kept without the special tokens ([CLS] and its like): those belong to the encoder and are put around a
 document when a batch is made. Left out here: other file formats, cleaning of texts, anything that needs two machines.
@@ -15,12 +14,10 @@ document when a batch is made. Left out here: other file formats, cleaning of te
 Shapes   N documents, L labels, B batch, T tokens, P (document, label) pairs of a batch
 """
 
-import gzip
-import json
-import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,7 +28,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from artifacts import UserError, flag, load_npz, main, positive, pretrained, save_npz
+from artifacts import UserError, flag, load_npz, main, natural, need_space, positive, pretrained, save_npz
+from data.formats import encodable, read_jsonl
 
 SPLITS = ("train", "val", "test", "label")  # the last: the labels' own texts
 CHUNK = 1000  # documents tokenised at a time: what is in memory beside the ids
@@ -42,10 +40,10 @@ class Config:
     run: str = flag("runs/demo", "folder of this run's artifacts")
     corpus: str = flag("data/debian", "folder with the .jsonl.gz files")
     encoder: str = flag("tiny", "hub name or local folder of a transformer, or 'tiny': a small one from scratch")
-    limit: int = flag(0, "keep at most this many training documents, drawn with --seed (0: all)")
+    limit: int = flag(0, "keep at most this many training documents, drawn with --seed (0: all)", natural)
     max_tokens: int = flag(512, "keep at most this many tokens of a document", positive)
     vocab: int = flag(16000, "size of the vocabulary trained for 'tiny'", positive)
-    seed: int = flag(0, "seed of every random choice")
+    seed: int = flag(0, "seed of every random choice", natural)
 
 
 class Split(NamedTuple):
@@ -83,6 +81,7 @@ class Data(NamedTuple):
     splits: dict[str, Split]  # by the names in SPLITS
     names: list[str]  # (L,)
     meta: dict  # encoder, vocab_size, prefix, suffix, pad and the record of the artifact
+    tokenizer: bytes = b""  # for tokenizers.Tokenizer.from_buffer
 
     def batch(self, split: str, rows: np.ndarray, max_len: int) -> Batch:
         """Documents `rows` of a split, cut to max_len tokens with the special ones: one gather, no loop over rows."""
@@ -112,24 +111,9 @@ def flatten(start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.n
     return row, position, start_B[row] + position
 
 
-def read_jsonl(path: Path, *keys: str) -> Iterator[tuple]:
-    """Yield (line number, value of each key); UserError with file and line when one is missing or no JSON."""
-    number = 0
-    try:
-        with gzip.open(path, "rt", encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
-                row = json.loads(line)
-                yield (number, *(row[key] for key in keys))
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} line {number}: no JSON ({error})") from None
-    except (KeyError, TypeError):
-        raise UserError(f"{path} line {number}: expected an object with {', '.join(keys)}: {line[:80]}") from None
-    except (OSError, EOFError, zlib.error, UnicodeDecodeError) as error:
-        raise UserError(f"{path} cannot be read after line {number}: {error}") from None
-
-
 def read_documents(path: Path, label_id: dict[str, int], drops: Counter) -> Iterator[tuple[str, list[int]]]:
     """Yield (text, sorted label ids); counts in `drops` what it leaves out."""
+    split = path.name.split(".")[0]
     for number, text, labels in read_jsonl(path, "text", "labels"):
         if not isinstance(text, str) or not isinstance(labels, list):
             raise UserError(f"{path} line {number}: text must be a string and labels a list of names")
@@ -137,11 +121,13 @@ def read_documents(path: Path, label_id: dict[str, int], drops: Counter) -> Iter
             ids = sorted({label_id[name] for name in labels})
         except (KeyError, TypeError) as error:
             raise UserError(f"{path} line {number}: label {error} is not a name in labels.jsonl.gz; add it") from None
-        drops["labels named twice in one document"] += len(labels) - len(ids)
-        if path.name.startswith("train") and not (ids and text.strip()):
-            drops["training documents without " + ("text" if ids else "labels")] += 1
+        drops["labels named twice in one document, taken once"] += len(labels) - len(ids)
+        drops["texts with half a character, replaced by a question mark"] += text != encodable(text)
+        if split == "train" and not (ids and text.strip()):
+            drops[f"training documents without {'text' if ids else 'labels'}, left out"] += 1
             continue
-        yield text, ids
+        drops[f"{split} documents without text, kept"] += not text.strip()
+        yield encodable(text), ids
 
 
 def train_tokenizer(texts: Callable[[], Iterable[str]], vocab: int) -> PreTrainedTokenizerFast:
@@ -208,46 +194,49 @@ def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: PreTrainedToke
 
 def run(config: Config) -> None:
     corpus, out = Path(config.corpus), Path(config.run)
-    for name in ("train", "test", "labels"):
-        if not (corpus / f"{name}.jsonl.gz").exists():
-            raise UserError(f"{corpus / name}.jsonl.gz does not exist; --corpus names a folder with them")
+    paths = {name: corpus / f"{name}.jsonl.gz" for name in ("train", "val", "test", "labels")}
+    for name, path in paths.items():
+        if name != "val" and not path.is_file():
+            raise UserError(f"{path} does not exist; --corpus names a folder with it")
+    need_space(out, 3 * sum(path.stat().st_size for path in paths.values() if path.exists()))
     drops = Counter()
     names, label_texts = [], []
-    for number, name, text in read_jsonl(corpus / "labels.jsonl.gz", "name", "text"):
-        if not isinstance(name, str) or not isinstance(text, str):
-            raise UserError(f"{corpus / 'labels.jsonl.gz'} line {number}: name and text must be strings")
+    for number, name, text in read_jsonl(paths["labels"], "name", "text"):
+        if not isinstance(name, str) or not isinstance(text, str) or name != encodable(name):
+            raise UserError(f"{paths['labels']} line {number}: name and text must be strings of whole characters")
         names.append(name)
-        label_texts.append((text, []))
+        label_texts.append((encodable(text), []))
     label_id = {name: i for i, name in enumerate(names)}
     if len(label_id) < len(names) or not names:
-        raise UserError(f"{corpus / 'labels.jsonl.gz'}: {len(names)} lines, {len(label_id)} different names; expected "
-                        "at least one, each once")
+        twice = [name for name, count in Counter(names).items() if count > 1][:3]
+        raise UserError(f"{paths['labels']}: {len(names)} names, expected at least one; named more than once: {twice}")
 
     # Which line goes where is settled before any text is kept, so that memory holds one chunk of texts.
     rng = np.random.default_rng(config.seed)
-    n_kept = sum(1 for _ in read_documents(corpus / "train.jsonl.gz", label_id, Counter()))
+    n_kept = sum(1 for _ in read_documents(paths["train"], label_id, Counter()))
     part = np.full(n_kept, "train", object)
-    if not (corpus / "val.jsonl.gz").exists():
+    if not paths["val"].exists():
         part[rng.permutation(len(part))[: max(1, len(part) // 10)]] = "val"
         print(f"no val.jsonl.gz: {(part == 'val').sum()} training documents become the validation split")
     training = np.flatnonzero(part == "train")
     if 0 < config.limit < len(training):
         cut = rng.permutation(training)[config.limit :]
         part[cut] = ""
-        drops["training documents beyond --limit"] = len(cut)
+        drops["training documents beyond --limit, left out"] = len(cut)
 
     def documents(split: str, drops: Counter) -> Iterator[tuple[str, list[int]]]:
-        path = corpus / f"{split}.jsonl.gz"
-        if path.exists() and split != "train":
-            yield from read_documents(path, label_id, drops)
+        if paths[split].exists() and split != "train":
+            yield from read_documents(paths[split], label_id, drops)
             return
-        rows = read_documents(corpus / "train.jsonl.gz", label_id, drops if split == "train" else Counter())
+        rows = read_documents(paths["train"], label_id, drops if split == "train" else Counter())
         yield from (document for here, document in zip(part, rows, strict=True) if here == split)
 
     if config.encoder == "tiny":
         tokenizer = train_tokenizer(lambda: (text for text, _ in documents("train", Counter())), config.vocab)
     else:
         tokenizer = pretrained(AutoTokenizer, config.encoder)
+    if not tokenizer.is_fast:
+        raise UserError(f"--encoder {config.encoder}: its tokeniser has no fast version; use another encoder")
     tokenizer.model_max_length = int(1e9)  # no warning: cutting is done, and counted, here
     prefix, suffix, pad = special_tokens(tokenizer)
 
@@ -260,9 +249,9 @@ def run(config: Config) -> None:
     encoded = [name.encode() for name in names]
     arrays["names"] = np.frombuffer(b"".join(encoded), np.uint8)
     arrays["names_offsets"] = np.cumsum([0] + [len(name) for name in encoded], dtype=np.int64)
+    arrays["tokenizer"] = np.frombuffer(tokenizer.backend_tokenizer.to_str().encode(), np.uint8)
     save_npz(out / "data.npz", config, arrays, encoder=config.encoder, vocab_size=len(tokenizer), prefix=prefix,
              suffix=suffix, pad=pad)
-    tokenizer.save_pretrained(out / "tokenizer")
     describe(splits, len(names), drops)
 
 
@@ -280,7 +269,12 @@ def describe(splits: dict[str, Split], n_labels: int, drops: Counter) -> None:
     print(f"{n_labels:,} labels by training documents   {shares}")
     for reason, count in drops.items():
         if count:
-            print(f"dropped: {count:,} {reason}")
+            print(f"note: {count:,} {reason}")
+    text_of = {name: [hash(splits[name].ids[a:b].tobytes()) for a, b in pairwise(splits[name].offsets)]
+               for name in SPLITS[:3]}
+    for name in ("val", "test"):
+        if leaked := np.isin(text_of[name], text_of["train"]).sum():
+            print(f"leakage: {leaked:,} {name} documents have the tokens of a training document")
 
 
 def load(folder: str | Path) -> Data:
@@ -288,7 +282,8 @@ def load(folder: str | Path) -> Data:
     arrays, meta = load_npz(Path(folder) / "data.npz")
     splits = {name: Split(*(arrays[f"{name}_{key}"] for key in Split._fields)) for name in SPLITS}
     text, ends = arrays["names"].tobytes(), arrays["names_offsets"]
-    return Data(splits, [text[a:b].decode() for a, b in zip(ends, ends[1:], strict=False)], meta)
+    names = [text[a:b].decode() for a, b in pairwise(ends)]
+    return Data(splits, names, meta, arrays["tokenizer"].tobytes())
 
 
 if __name__ == "__main__":

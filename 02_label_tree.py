@@ -32,7 +32,7 @@ from scipy.sparse import csc_matrix, csr_matrix, diags_array, vstack
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts import UserError, flag, int_list, load_npz, main, positive, save_npz
+from artifacts import UserError, flag, int_list, load_npz, main, natural, need_space, positive, save_npz
 
 data_stage = import_module("01_data")
 
@@ -45,10 +45,10 @@ class Config:
     run: str = flag("runs/demo", "folder of this run's artifacts")
     levels: str = flag("", "clusters per level, coarse to fine, powers of two such as 64,512 (default: from L)")
     smoothing: float = flag(0.0, "weight of the co-occurring labels' features in a label's own (0: none)")
-    features: int = flag(100, "features to keep per label, the strongest (0: all)")
+    features: int = flag(100, "features to keep per label, the strongest (0: all)", natural)
     iterations: int = flag(20, "2-means iterations per level at most", positive)
-    clusters_shown: int = flag(3, "clusters to print")
-    seed: int = flag(0, "seed of the 2-means' first centroids")
+    clusters_shown: int = flag(3, "clusters to print", natural)
+    seed: int = flag(0, "seed of the 2-means' first centroids", natural)
 
 
 class Tree(NamedTuple):
@@ -236,6 +236,9 @@ def run(config: Config) -> None:
     n_labels = len(data.names)
     levels = int_list(config.levels, "--levels") if config.levels else choose_levels(n_labels)
     check_levels(levels, n_labels)
+    if not 0 <= config.smoothing < math.inf:
+        raise UserError(f"--smoothing {config.smoothing}: expected a number of at least 0")
+    need_space(Path(config.run), 16 * n_labels)
     X_NV, _ = tfidf(data.splits["train"], None, data.meta["vocab_size"])
     Z_LV = label_features(X_NV, data.splits["train"].label_matrix(n_labels), config.smoothing, config.features)
     order, bounds = balanced_kmeans(Z_LV, int(math.log2(levels[-1])), config.iterations, config.seed)

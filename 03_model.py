@@ -23,10 +23,10 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import AutoModel, PreTrainedModel
+from transformers import PreTrainedModel
 
 import artifacts
-from artifacts import UserError, flag, int_list, positive
+from artifacts import UserError, flag, int_list, natural, positive
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -44,7 +44,7 @@ class Config:
     layers: str = flag("", "hidden states read per level, such as 5+6,8,10,12 (0: embeddings) [spaced by depth]")
     label_bf16: bool = flag(False, "hold label weights in bfloat16, rounded stochastically: for millions of labels")
     tiny: str = flag("1,256", "layers and width of the encoder 'tiny'")
-    seed: int = flag(0, "seed of every random choice")
+    seed: int = flag(0, "seed of every random choice", natural)
 
 
 class Level(NamedTuple):
@@ -265,7 +265,7 @@ def build(data: data_stage.Data, tree: tree_stage.Tree, config: Config, backbone
     from_scratch = data.meta["encoder"] == "tiny"
     if backbone is None:
         backbone = (artifacts.tiny_bert(*int_list(config.tiny, "--tiny", 2), data.meta) if from_scratch
-                    else artifacts.pretrained(AutoModel, data.meta["encoder"]))
+                    else artifacts.pretrained_encoder(data.meta))
     # In float32 whatever the checkpoint's type: mixed precision is for the computation, not for the weights.
     encoder = Encoder(backbone.float(), config.pooling, config.max_len, from_scratch)
     topk = int_list(config.topk, "--topk") if config.topk else [min(n, 192 << t) for t, n in enumerate(tree.levels)]

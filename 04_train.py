@@ -2,18 +2,18 @@
 
     python 04_train.py
     python 04_train.py --run runs/mine --epochs 15 --batch-size 64
-    python 04_train.py --run runs/mine --resume             go on after the last finished epoch
+    python 04_train.py --run runs/mine --resume             go on from the last checkpoint
 
 Reads    RUN/data.npz, RUN/tree.npz
 Writes   RUN/model.pt        the best model by validation P@1 + P@3 + P@5: weights, and what rebuilds the model
-         RUN/checkpoint.pt   everything needed to go on after the last finished epoch
+         RUN/checkpoint.pt   everything needed to go on, saved after each epoch, every --save-every steps and on Ctrl-C;
+                             the one before it is RUN/checkpoint.previous.pt
          RUN/log.jsonl       one record per interval and per epoch
 
 Settings left open come from a recipe: one for 'tiny', the paper's for pretrained encoders. Left out here: more than one
-device, checkpoints within an epoch.
+device.
 """
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -25,7 +25,7 @@ import torch
 from torch import Tensor
 
 import artifacts
-from artifacts import UserError, flag, load_pt, positive, save_pt, settings
+from artifacts import flag, load_pt, natural, positive, rate, save_pt, settings
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -46,10 +46,11 @@ class Config(model_stage.Config):
     epochs: int = flag(None, "passes over the training documents [tiny 5, else 15]", positive)
     batch_size: int = flag(None, "documents per batch [tiny 128, else 64]", positive)
     accumulate: int = flag(1, "batches whose gradients are added up before a step; labels' wait in memory", positive)
-    lr: float = flag(None, "learning rate of the heads [tiny 1e-2, else 1e-3]", float)
-    lr_encoder: float = flag(None, "learning rate of the encoder [tiny 1e-3, else 1e-4]", float)
+    lr: float = flag(None, "learning rate of the heads [tiny 1e-2, else 1e-3]", rate)
+    lr_encoder: float = flag(None, "learning rate of the encoder [tiny 1e-3, else 1e-4]", rate)
     amp: str = flag("auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at")
     compile: bool = flag(False, "compile the encoder, not per length: takes a minute or two, for long runs")
+    save_every: int = flag(0, "steps from one checkpoint to the next (0: only after each epoch)", natural)
     resume: bool = flag(False, "go on from RUN/checkpoint.pt")
 
 
@@ -133,8 +134,8 @@ class Batches:
         batches = np.split(order, range(size, len(order), size))
         return [batches[i] for i in rng.permutation(len(batches))]
 
-    def __call__(self, epoch: int) -> Iterator[data_stage.Batch]:
-        return (self.data.batch("train", rows, self.max_len) for rows in self.rows(epoch))
+    def __call__(self, epoch: int, first: int = 0) -> Iterator[data_stage.Batch]:
+        return (self.data.batch("train", rows, self.max_len) for rows in self.rows(epoch)[first:])
 
 
 def hits(labels_Nk: np.ndarray, split: data_stage.Split) -> np.ndarray:
@@ -180,11 +181,13 @@ def lr_scale(step: int, total: int, warmup: int) -> float:
 
 
 def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[[dict], None],
-        after_epoch: Callable[[int, dict], None] = lambda epoch, state: None, state: dict | None = None) -> None:
+        save: Callable[[dict], None] = lambda state: None, state: dict | None = None,
+        stop: Callable[[], bool] = lambda: False) -> None:
     """Train any module with loss(batch) -> (losses (levels,), surplus ()) and param_groups(lr, lr_encoder).
 
-    `log` gets a record per interval; `after_epoch(epochs done, state)` all that has to be saved to go on: given back as
-    `state`, training goes on as if it had never stopped. UserError when the loss is no longer finite."""
+    `log` gets a record per interval; `save` all that is needed to go on, after each epoch ("batch" is 0 then), every
+    config.save_every steps, and when stop() says so, with KeyboardInterrupt raised thereafter. Given back as `state`,
+    training goes on as if it had never stopped. UserError when the loss is no longer finite."""
     device = next(model.parameters()).device
     groups = model.param_groups(config.lr, config.lr_encoder)
     dense, rows = [g for g in groups if not g["rows"]], [g for g in groups if g["rows"]]
@@ -192,23 +195,19 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
                   *([RowAdam(rows, accumulated=config.accumulate > 1)] if rows else [])]
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     peak_lr = [group["lr"] for group in (*dense, *rows)]
+    dense = [parameter for group in dense for parameter in group["params"]]
     per_epoch = -(-len(batches) // config.accumulate)
-    total, epochs_done = per_epoch * config.epochs, 0
+    total = per_epoch * config.epochs
     warmup, interval = min(per_epoch, total // 10), max(1, total // INTERVALS)
-    if state:
-        model.load_state_dict(state["model"])
-        for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(saved)
-        scaler.load_state_dict(state["scaler"])
-        artifacts.set_random(state["random"])
-        epochs_done = state["epochs_done"]
+    finite, parts = artifacts.Finite(), {"model": model, "scaler": scaler, "optimizers": optimizers}
+    at = artifacts.set_state(parts, state) if state else {"epoch": 0, "batch": 0, "step": 0, "sums": 0.0, "seen": 0}
+    step, first, sums, seen = at["step"], at["batch"], torch.as_tensor(at["sums"], device=device), at["seen"]
 
     every_group = [group for optimizer in optimizers for group in optimizer.param_groups]
-    step = epochs_done * per_epoch
-    for epoch in range(epochs_done, config.epochs):
+    for epoch in range(at["epoch"], config.epochs):
         model.train()
-        sums, seen, start = 0.0, 0, time.perf_counter()
-        for i, batch in enumerate(batches(epoch)):
+        before, start = seen, time.perf_counter()
+        for i, batch in enumerate(batches(epoch, first), first):
             losses, surplus = model.loss(batch.to(device))
             together = min(config.accumulate, len(batches) - i // config.accumulate * config.accumulate)
             scaler.scale(losses.sum() / together).backward()
@@ -220,32 +219,38 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
                 group["lr"] = lr * lr_scale(step, total, warmup)
             for optimizer in optimizers:
                 scaler.unscale_(optimizer)
-            norm = torch.nn.utils.clip_grad_norm_([p for group in dense for p in group["params"]], CLIP)
+            norm = torch.nn.utils.clip_grad_norm_(dense, CLIP)
             for optimizer in optimizers:
                 scaler.step(optimizer)
                 optimizer.zero_grad()
             scaler.update()
-            step += 1
-            if step % interval == 0 or step % per_epoch == 0:
+            step, last, lr = step + 1, i + 1 == len(batches), peak_lr[-1] * lr_scale(step, total, warmup)
+            finite(sums[:-1], 0 * norm.nan_to_num() if config.amp == "fp16" else norm, step, lr)
+            if step % interval == 0 or last:
+                finite.check()
                 *losses, surplus = sums.tolist()
                 record = {"epoch": epoch + 1, "step": step, "total": total, "loss": [loss / seen for loss in losses],
-                          "surplus": int(surplus), "lr": peak_lr[-1] * lr_scale(step - 1, total, warmup),
-                          "grad_norm": float(norm.nan_to_num()), "batches_per_s": seen / (time.perf_counter() - start)}
+                          "surplus": int(surplus), "lr": lr, "grad_norm": float(norm.nan_to_num()),
+                          "batches_per_s": (seen - before) / (time.perf_counter() - start)}
+                if config.amp == "fp16":
+                    record["skipped"] = step - int(optimizers[0].state[dense[0]]["step"])
                 log(record)
-                if not np.isfinite(record["loss"]).all():
-                    raise UserError(f"the loss is no longer finite (step {step}): lower --lr or --lr-encoder; "
-                                    f"the artifacts of {epoch} finished epochs are as they were")
-                sums, seen, start = 0.0, 0, time.perf_counter()
-        after_epoch(epoch + 1, {
-            "model": model.state_dict(), "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-            "scaler": scaler.state_dict(), "epochs_done": epoch + 1, "random": artifacts.get_random()})
+                sums, seen, before, start = torch.zeros_like(sums), 0, 0, time.perf_counter()
+            if last or stop() or config.save_every and step % config.save_every == 0:
+                finite.check()
+                at = {"epoch": epoch + last, "batch": 0 if last else i + 1, "step": step, "sums": sums, "seen": seen}
+                save(artifacts.get_state(parts) | at)
+                if stop():
+                    raise KeyboardInterrupt(f"a checkpoint was saved after step {step}; go on with --resume")
+        first = 0
 
 
 def load(folder: str | Path, data: data_stage.Data) -> tuple[model_stage.Cascade, Config, str]:
     """(model, its settings, the ranking chosen on validation) from RUN/model.pt; needs no hub."""
     content, _ = load_pt(Path(folder) / "model.pt")
     config = Config(run=str(folder), **content["config"])
-    model = model_stage.build(data, tree_stage.load(folder), config, artifacts.bare_encoder(content["encoder"]))
+    encoder = artifacts.bare_encoder(content["encoder"], content["model"])
+    model = model_stage.build(data, tree_stage.load(folder), config, encoder)
     model.load_state_dict(content["model"])
     model.amp = config.amp
     return model, config, content["ranking"]
@@ -261,39 +266,34 @@ def run(config: Config) -> None:
     config = replace(config, topk=",".join(map(str, model.topk)),
                      layers=",".join("+".join(map(str, group)) for group in model.layers))
     if config.resume:
-        state = artifacts.load_checkpoint(out / "checkpoint.pt", config)
-        config = replace(config, **state["config"])
-        artifacts.keep_log(out / "log.jsonl", state["epochs_done"])
-        print(f"going on after epoch {state['epochs_done']} of {config.epochs}")
-    else:
-        artifacts.refuse_unfinished(out / "checkpoint.pt")
-    batches, best = Batches(data, config.batch_size, config.max_len, config.seed), state["best"] if state else -1.0
-    config = replace(config, amp=artifacts.choose_amp(config.amp, model, next(batches(0)).to(device)))
-    if config.compile:
-        model.encoder.compile(dynamic=True)
-    torch.manual_seed(config.seed)
-    print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()))
+        state, config = artifacts.go_on(out, config)
+    artifacts.need_space(out, 11 * sum(parameter.nbytes for parameter in model.parameters()))  # 3 checkpoints, 2 models
+    batches, log = Batches(data, config.batch_size, config.max_len, config.seed), artifacts.logger(out, config)
+    best = state["best"] if state else -1.0
 
-    with open(out / "log.jsonl", "a" if config.resume else "w") as log_file:
-
-        def log(record: dict) -> None:
-            print(json.dumps(record), file=log_file, flush=True)
-            print(artifacts.progress(record, config), flush=True)
-
-        def after_epoch(epoch: int, state: dict) -> None:
-            nonlocal best
+    def save(state: dict) -> None:
+        nonlocal best
+        content = {"config": settings(config)}
+        if state["batch"] == 0:  # an epoch is over
             result = validate(model, data, config)
             # p(label) alone was trained inside shortlists only: over all labels it ranks otherwise, so it is no choice.
             ranking = max(("parent", "path"), key=lambda name: sum(result["P"][name]))
-            log({"epoch": epoch, "validation": result, "ranking": ranking})
-            inputs, content = ("data.npz", "tree.npz"), {"config": settings(config), "ranking": ranking}
+            log({"epoch": state["epoch"], "step": state["step"], "validation": result, "ranking": ranking})
             if sum(result["P"][ranking]) > best:
                 best = sum(result["P"][ranking])
-                encoder = model.encoder.backbone.config.to_dict()
-                save_pt(out / "model.pt", config, {**content, "model": state["model"], "encoder": encoder}, inputs)
-            save_pt(out / "checkpoint.pt", config, {**content, **state, "best": best}, inputs)
+                more = {"ranking": ranking, "encoder": model.encoder.backbone.config.to_dict(), "model": state["model"]}
+                save_pt(out / "model.pt", config, content | more, ("data.npz", "tree.npz"))
+        artifacts.save_checkpoint(out, config, content | state | {"best": best})
 
-        fit(model, batches, config, log, after_epoch, state)
+    with artifacts.asked_to_stop() as stop, artifacts.memory_advice(config, data):
+        config = replace(config, amp=artifacts.choose_amp(config.amp, model, next(batches(0)).to(device)))
+        if config.compile:
+            model.encoder.compile(dynamic=True)
+        if not config.resume:
+            artifacts.start_over(out)
+        torch.manual_seed(config.seed)
+        print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()), flush=True)
+        fit(model, batches, config, log, save, state, stop)
 
 
 if __name__ == "__main__":

@@ -17,17 +17,17 @@ Shapes   N documents, L labels, V vocabulary, B batch, K candidates, k labels pr
 """
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
+from tokenizers import Tokenizer
 from tqdm import tqdm
-from transformers import AutoTokenizer
 
-from artifacts import UserError, flag, main, over_split, positive, save_npz
+from artifacts import UserError, flag, main, memory_advice, natural, need_space, over_split, positive, save_npz
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -44,10 +44,10 @@ class Config:
     split: str = flag("test", "documents to predict: test, val or train")
     k: int = flag(100, "labels to predict for each document", positive)
     exact: bool = flag(False, "also score every label, the oracle of the beam, and write that ranking")
-    show: int = flag(0, "documents to print with their predicted and true labels")
+    show: int = flag(0, "documents to print with their predicted and true labels", natural)
     propensity: str = flag("0.55,1.5", "constants A,B of the propensity model")
     batch_size: int = flag(128, "documents predicted at a time", positive)
-    seed: int = flag(0, "seed of the choice of documents to show")
+    seed: int = flag(0, "seed of the choice of documents to show", natural)
 
 
 def inverse_propensity(count_L: np.ndarray, n_documents: int, a: float = 0.55, b: float = 1.5) -> np.ndarray:
@@ -62,10 +62,12 @@ def metrics(labels_Nk: np.ndarray, split: data_stage.Split, weight_L: np.ndarray
     P@j: right ones among the first j, over j. R@j: over the document's labels. RP@j: over the smaller of the two.
     nDCG@j: right ones discounted by log2(rank + 1), over the best possible. PSP@j: right ones weighted by `weight_L`,
     summed over all documents, over the best possible sum, as in the XMC repository. Documents without labels are left
-    out.
+    out; nan when none has any.
     """
     n_N = np.diff(split.label_offsets)
     has = n_N > 0
+    if not has.any():
+        return {name: np.full(labels_Nk.shape[1], np.nan) for name in ("P", "R", "RP", "nDCG", "PSP")}
     hits_Nk, n_N, labels_Nk = train_stage.hits(labels_Nk, split)[has], n_N[has, None], labels_Nk[has]
     k = labels_Nk.shape[1]
     rank_k = np.arange(1, k + 1)
@@ -173,10 +175,12 @@ def run(config: Config) -> None:
         found = over_split(model, data, config.split, trained.max_len, config.batch_size, predict)
         return found, len(split) / (time.perf_counter() - start)
 
-    beam, beam_rate = timed(predict_beam)
+    need_space(Path(config.run), 9 * k * len(split))
+    with memory_advice(replace(trained, batch_size=config.batch_size), data):
+        beam, beam_rate = timed(predict_beam)
+        exact, exact_rate = timed(every_label) if config.exact else (None, None)
     labels, scores = beam[f"labels {ranking}"], beam[f"scores {ranking}"]
     if config.exact:
-        exact, exact_rate = timed(every_label)
         same = (exact["labels"][:, :5] == labels[:, :5]).all(axis=1).mean()
         labels, scores = exact["labels"], exact["scores"]
     save_npz(Path(config.run) / "predictions.npz", config,
@@ -211,11 +215,11 @@ def run(config: Config) -> None:
 def show(config: Config, data: data_stage.Data, labels: np.ndarray, scores: np.ndarray) -> None:
     """Print some documents, as their tokens say them, with predicted and true labels."""
     split = data.splits[config.split]
-    tokenizer = AutoTokenizer.from_pretrained(Path(config.run) / "tokenizer")
+    tokenizer = Tokenizer.from_buffer(data.tokenizer)
     rows = np.random.default_rng(config.seed).permutation(len(split))[: config.show]
     for i in rows:
         true = split.labels[split.label_offsets[i] : split.label_offsets[i + 1]]
-        text = tokenizer.decode(split.ids[split.offsets[i] : split.offsets[i + 1]][:80])
+        text = tokenizer.decode(split.ids[split.offsets[i] : split.offsets[i + 1]][:80].tolist())
         print(f"\n{config.split} {i}: {text}")
         for label, score in zip(labels[i, :5], scores[i, :5], strict=True):
             if label >= 0:

@@ -6,16 +6,20 @@ Nothing in here executes what it reads: no pickle, np.load(allow_pickle=False), 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import hashlib
 import json
 import math
 import os
-import pickle
+import shutil
+import signal
 import sys
+import tempfile
+import threading
 import time
 import zipfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
@@ -36,12 +40,18 @@ from transformers import (
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-FORMAT = 1
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
+
+FORMAT = 2
 MADE_BY = {
     "data.npz": "01_data.py",
     "tree.npz": "02_label_tree.py",
     "model.pt": "04_train.py",
     "checkpoint.pt": "04_train.py",
+    "checkpoint.previous.pt": "04_train.py",
     "predictions.npz": "05_eval.py",
 }
 
@@ -72,8 +82,9 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None) -> Any:
 
 
 def settings(config: Any) -> dict:
-    """What decides the result: all but where the run lies and whether it goes on."""
-    return {key: value for key, value in dataclasses.asdict(config).items() if key not in ("run", "resume")}
+    """What decides the result: all but where the run lies, whether it goes on and how often it is saved."""
+    others = ("run", "resume", "save_every")
+    return {key: value for key, value in dataclasses.asdict(config).items() if key not in others}
 
 
 def settle(config: Any, recipes: dict[str, dict], encoder: str) -> Any:
@@ -96,16 +107,100 @@ def stages() -> SimpleNamespace:
 
 
 def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:
-    """Run a stage from the command line and print the time it took; a UserError ends it with exit code 2."""
-    start = time.perf_counter()
+    """Run a stage from the command line and print the time and the memory it took. A UserError ends it with exit code
+    2, Ctrl-C with 130."""
+    start, name = time.perf_counter(), Path(sys.argv[0]).name
     config = parse(config_class, doc)
     set_arithmetic()
     try:
         stage(config)
     except UserError as error:
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    print(f"[{Path(sys.argv[0]).name} took {time.perf_counter() - start:.0f} s]")
+    except KeyboardInterrupt as interrupt:
+        print(f"{name}: interrupted; {interrupt or 'what was there before is as it was'}", file=sys.stderr)
+        sys.exit(130)
+    except OSError as error:  # the log, the corpus, the screen: a device that fails is no fault of the program
+        print(f"{name}: error: {error}; what was there before is as it was", file=sys.stderr)
+        sys.exit(2)
+    print(f"[{name} took {time.perf_counter() - start:.0f} s{peak_memory()}]")
+
+
+def peak_memory() -> str:
+    """The most memory that this process had, in words; the system may not tell."""
+    found = []
+    if resource:
+        unit = 1 if sys.platform == "darwin" else 1024
+        found.append(f"{unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30:.1f} GiB of memory")
+    if torch.cuda.is_available():
+        found.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the GPU's")
+    return ", at the peak " + " and ".join(found) if found else ""
+
+
+@contextlib.contextmanager
+def memory_advice(config: Any, data: Any) -> Iterator[None]:
+    """Turn running out of memory in here into a UserError with the sizes that matter and the flags that lower them."""
+    try:
+        yield
+    except (MemoryError, RuntimeError) as error:
+        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+            raise
+        reason = (str(error) or "no more is to be had").splitlines()[0]
+        raise UserError(
+            f"out of memory ({reason}) with {config.batch_size} documents of up to {config.max_len} tokens in a batch "
+            f"and shortlists of {config.topk} clusters and {len(data.names):,} labels; lower --batch-size, in training "
+            "also --max-len or --topk; --label-bf16 halves the weights of the labels") from error
+
+
+@contextlib.contextmanager
+def asked_to_stop() -> Iterator[Callable[[], bool]]:
+    """Gives a function that says whether Ctrl-C, or SIGTERM, has come since; a second one stops at once."""
+    came, before = [], {}
+
+    def note(number: int, frame: Any) -> None:
+        if came:
+            raise KeyboardInterrupt
+        came.append(number)
+        print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
+
+    if threading.current_thread() is threading.main_thread():  # only there may signals be handled
+        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield lambda: bool(came)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+class Finite:
+    """Stops the training when a loss or a gradient is no longer finite. What a step gives is looked at while the next
+    one is computed: so a GPU is never waited for with nothing to do."""
+
+    def __init__(self) -> None:
+        self.pending = None
+
+    def __call__(self, losses: torch.Tensor, norm: torch.Tensor, step: int, lr: float) -> None:
+        """Look at what came before; take the losses (levels,) and the gradient's norm () of this step."""
+        self.check()
+        copy = torch.cat([losses, norm.view(1)]).to("cpu", non_blocking=True)
+        there = torch.cuda.Event() if losses.is_cuda else None
+        if there:
+            there.record()
+        self.pending = copy, there, step, lr
+
+    def check(self) -> None:
+        """UserError when what came last is not finite."""
+        if self.pending is None:
+            return
+        copy, there, step, lr = self.pending
+        if there:
+            there.synchronize()
+        bad = np.flatnonzero(~np.isfinite(copy.numpy()))
+        if len(bad):
+            n = len(copy) - 1
+            what = f"loss of level {bad[0] + 1} of {n}" if bad[0] < n else "gradient"
+            raise UserError(f"the {what} is no longer finite: step {step}, learning rate {lr:.1e}; lower --lr or "
+                            "--lr-encoder. The checkpoints are those of before")
 
 
 def positive(text: str) -> int:
@@ -113,6 +208,20 @@ def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is less than 1")
     return int(text)
+
+
+def natural(text: str) -> int:
+    """A flag's whole number of at least 0."""
+    if int(text) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return int(text)
+
+
+def rate(text: str) -> float:
+    """A flag's number above 0."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number above 0")
+    return float(text)
 
 
 def int_list(text: str, what: str, n: int | None = None) -> list[int]:
@@ -126,10 +235,20 @@ def int_list(text: str, what: str, n: int | None = None) -> list[int]:
 def pretrained(kind: Any, name: str) -> Any:
     """kind.from_pretrained(name): a tokeniser or a model from a local folder or from the hub."""
     try:
-        return kind.from_pretrained(name)
+        return kind.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--encoder {name}: no such folder, and not to be had from the hub ({reason})") from error
+
+
+def pretrained_encoder(meta: dict) -> PreTrainedModel:
+    """The encoder that data.npz was made for. UserError when its vocabulary is smaller than that of the token ids."""
+    backbone = pretrained(AutoModel, meta["encoder"])
+    n = backbone.get_input_embeddings().num_embeddings
+    if n < meta["vocab_size"]:
+        raise UserError(f"--encoder {meta['encoder']} knows {n:,} tokens, data.npz has {meta['vocab_size']:,}: it is "
+                        "not the encoder that data.npz was made for; run 01_data.py again")
+    return backbone
 
 
 def tiny_bert(depth: int, width: int, meta: dict) -> PreTrainedModel:
@@ -140,10 +259,25 @@ def tiny_bert(depth: int, width: int, meta: dict) -> PreTrainedModel:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
-def bare_encoder(config: dict) -> PreTrainedModel:
-    """An encoder from its stored configuration, without weights; needs no hub."""
-    config = dict(config)
-    return AutoModel.from_config(AutoConfig.for_model(config.pop("model_type"), **config))
+def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+    """An encoder from its stored configuration, without weights; needs no hub. The configuration may come from
+    anywhere: whatever makes the library fetch code is left out, and UserError is raised before an encoder is made that
+    is bigger than the `weights` that belong to it."""
+    safe = {key: value for key, value in config.items()
+            if not key.startswith("_") and key not in ("auto_map", "attn_implementation", "quantization_config")}
+    kind, layers = str(safe.pop("model_type", "")), safe.get("num_hidden_layers", 0)
+    try:
+        if not isinstance(layers, int) or layers > len(weights):
+            raise ValueError(f"{layers} layers")
+        shape = AutoConfig.for_model(kind, **safe)
+        with torch.device("meta"):
+            claimed = sum(parameter.numel() for parameter in AutoModel.from_config(shape).parameters())
+        if claimed > 2 * sum(weight.numel() for weight in weights.values()) + 2**24:
+            raise ValueError(f"{claimed:,} parameters")
+        return AutoModel.from_config(shape)
+    except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
+        raise UserError(f"model.pt: its encoder's configuration does not fit its weights ({error}); train it again"
+                        ) from error
 
 
 def without_waiting(backbone: PreTrainedModel) -> PreTrainedModel:
@@ -206,6 +340,17 @@ def choose_amp(amp: str, model: Any, batch: Any) -> str:
     return amp
 
 
+def logger(folder: Path, config: Any) -> Callable[[dict], None]:
+    """A function that appends a record to RUN/log.jsonl, to be followed while it grows, and prints it for a person."""
+
+    def log(record: dict) -> None:
+        with open(folder / "log.jsonl", "a") as file:
+            file.write(json.dumps(record) + "\n")
+        print(progress(record, config), flush=True)
+
+    return log
+
+
 def progress(record: dict, config: Any) -> str:
     """The line that a person reads for a record of the log."""
     if "validation" in record:
@@ -217,30 +362,54 @@ def progress(record: dict, config: Any) -> str:
     return (f"epoch {record['epoch']}/{config.epochs} step {record['step']}/{record['total']}"
             f"  loss {' '.join(f'{loss:.2f}' for loss in record['loss'])}  lr {record['lr']:.1e}"
             f"  {rate * config.batch_size:,.0f} documents/s  {left / 60:.1f} min left"
-            + (f"  ({record['surplus']} positive nodes beyond k)" if record["surplus"] else ""))
+            + (f"  ({record['surplus']} positive nodes beyond k)" if record["surplus"] else "")
+            + (f"  ({record['skipped']} steps skipped so far: fp16 overflow)" if record.get("skipped") else ""))
 
 
-def load_checkpoint(path: Path, config: Any) -> dict:
-    """The checkpoint to go on from; UserError unless it was made with these settings."""
-    state, _ = load_pt(path)
-    if "optimizers" not in state:
-        raise UserError(f"--resume: {path} is of an older version of this program; start over without --resume")
-    for key, before in state["config"].items():
-        if getattr(config, key) not in (before, "auto"):
-            raise UserError(f"--resume: {path} was made with {key}={before}, not {getattr(config, key)}; "
-                            "give the same settings, or start over without --resume")
-    return state
+def save_checkpoint(folder: Path, config: Any, content: dict) -> None:
+    """Write RUN/checkpoint.pt and keep the one before: one of the two is whole at any moment."""
+    save_pt(folder / "checkpoint.pt", config, content, ("data.npz", "tree.npz"), keep=folder / "checkpoint.previous.pt")
 
 
-def refuse_unfinished(path: Path) -> None:
-    """UserError when starting over would overwrite the checkpoint of a run that could still go on."""
+def load_checkpoint(folder: Path) -> dict:
+    """The newest checkpoint of a run that is whole."""
+    paths = [folder / "checkpoint.pt", folder / "checkpoint.previous.pt"]
     try:
-        state, _ = load_pt(path)
-    except UserError:
-        return  # none, or damaged, or of other data: nothing can go on from it
-    if state["epochs_done"] < state["config"]["epochs"]:
-        raise UserError(f"{path} is of a run that stopped after epoch {state['epochs_done']} of "
-                        f"{state['config']['epochs']}: go on with --resume, or delete it to start over")
+        return load_pt(paths[0])[0]
+    except UserError as error:
+        if not paths[1].exists():
+            raise
+        state = load_pt(paths[1])[0]
+        print(f"{error}; going on from {paths[1]}, the checkpoint before it")
+        return state
+
+
+def go_on(folder: Path, config: Any) -> tuple[dict, Any]:
+    """(the checkpoint to go on from, the settings it was made with). UserError unless these are the settings given; the
+    log is cut back to it."""
+    state = load_checkpoint(folder)
+    for key, before in state["config"].items():
+        if getattr(config, key, None) not in (before, "auto"):
+            raise UserError(f"--resume: {folder} was trained with {key}={before}, not {getattr(config, key)}; "
+                            "give the same settings, or start over without --resume")
+    keep_log(folder / "log.jsonl", state["step"])
+    print(f"going on after step {state['step']}, in epoch {state['epoch'] + 1} of {config.epochs}"
+          if state["epoch"] < config.epochs else "this run has finished; nothing is left to do")
+    return state, dataclasses.replace(config, **state["config"])
+
+
+def start_over(folder: Path) -> None:
+    """Clear away the checkpoints and the log of a run that has finished; UserError when it could still go on."""
+    try:
+        state = load_checkpoint(folder)
+    except UserError:  # none, or damaged, or of other data: nothing can go on from it
+        state = None
+    if state and state["epoch"] < state["config"]["epochs"]:
+        raise UserError(f"{folder} holds a run that stopped in epoch {state['epoch'] + 1} of "
+                        f"{state['config']['epochs']}: go on with --resume, or delete {folder}/checkpoint*.pt to start "
+                        "over")
+    for name in ("checkpoint.pt", "checkpoint.previous.pt", "log.jsonl"):
+        (folder / name).unlink(missing_ok=True)
 
 
 def over_split(model: Any, data: Any, name: str, max_len: int, batch_size: int,
@@ -255,89 +424,159 @@ def over_split(model: Any, data: Any, name: str, max_len: int, batch_size: int,
     return {key: np.concatenate([part[key] for part in parts])[back] for key in parts[0]}
 
 
-def get_random() -> dict[str, torch.Tensor]:
-    """State of torch's generators, the GPU's too where there is one."""
+def get_state(parts: dict[str, Any]) -> dict:
+    """The states of the parts, or lists of parts, of a training, and of torch's generators, the GPU's too where there
+    is one."""
+    state = {name: [one.state_dict() for one in part] if isinstance(part, list) else part.state_dict()
+             for name, part in parts.items()}
     on_gpu = {"cuda": torch.cuda.get_rng_state()} if torch.cuda.is_available() else {}
-    return {"cpu": torch.get_rng_state()} | on_gpu
+    return state | {"random": {"cpu": torch.get_rng_state()} | on_gpu}
 
 
-def set_random(state: dict[str, torch.Tensor]) -> None:
-    """Give the generators the state that get_random returned."""
-    torch.set_rng_state(state["cpu"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+def set_state(parts: dict[str, Any], state: dict) -> dict:
+    """Give all that get_state read its state back; returns the whole."""
+    for name, part in parts.items():
+        pairs = zip(part, state[name], strict=True) if isinstance(part, list) else [(part, state[name])]
+        for one, saved in pairs:
+            one.load_state_dict(saved)
+    torch.set_rng_state(state["random"]["cpu"])
+    if "cuda" in state["random"] and torch.cuda.is_available():
+        torch.cuda.set_rng_state(state["random"]["cuda"])
+    return state
 
 
-def keep_log(path: Path, epochs: int) -> None:
-    """Cut a log of JSON lines back to the records of finished epochs."""
+def keep_log(path: Path, step: int) -> None:
+    """Cut a log of JSON lines back to what was known after `step`."""
     kept = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            if json.loads(line)["epoch"] <= epochs:
+            if json.loads(line)["step"] <= step:
                 kept.append(line + "\n")
         except (json.JSONDecodeError, KeyError):
             continue  # the line that was being written when the run stopped
-    path.write_text("".join(kept))
+    _write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
-def _write_whole(path: Path, write: Callable[[Any], None]) -> None:
-    """Write under a temporary name, flush to disk, rename: a reader never sees half a file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def need_space(folder: Path, n_bytes: float) -> None:
+    """UserError unless the folder can be written to and has room for that much."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            free = shutil.disk_usage(folder).free
+    except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
+        raise UserError(f"--run {folder}: cannot be written to ({error}); choose another folder") from None
+    if free < n_bytes:
+        raise UserError(f"--run {folder}: this stage writes about {n_bytes / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB "
+                        "are free; make room, or choose another folder")
+
+
+def _write_whole(path: Path, write: Callable[[Any], None], keep: Path | None = None) -> None:
+    """Write under a temporary name, flush to disk, rename: a reader never sees half a file, a failure changes nothing.
+    What was there before is kept under the name `keep`."""
     partial = path.with_name(path.name + ".partial")
     try:
-        with open(partial, "wb") as file:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        partial.unlink(missing_ok=True)  # left by a run that was killed
+        with open(partial, "xb") as file:  # never through a link that somebody put there
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep and path.exists():
+            os.replace(path, keep)
         os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        reason = error if isinstance(error, OSError) else error.__context__  # torch hides what went wrong
+        if not isinstance(reason, OSError):
+            raise
+        raise UserError(f"{path} cannot be written ({reason.strerror}); what was there before is as it was: make room, "
+                        "or choose another folder with --run") from error
     finally:
-        partial.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):
+            partial.unlink(missing_ok=True)
 
 
-_READ: dict[Path, str] = {}  # sha256 of what this process has read: what a result is made from, whatever came since
+_READ: dict[Path, str] = {}  # digest of what this process has read: what a result is made from, whatever came since
 
 
-def _meta(path: Path, config: Any, made_from: tuple[str, ...], extra: dict) -> dict:
+def _record(path: Path, config: Any, made_from: tuple[str, ...], extra: dict, content: dict) -> str:
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np, scipy)}
     inputs = {name: _READ[(path.parent / name).resolve()] for name in made_from}
-    return {"format": FORMAT, "stage": MADE_BY[path.name], "config": settings(config), "versions": versions,
+    meta = {"format": FORMAT, "stage": MADE_BY[path.name], "config": settings(config), "versions": versions,
             "made_from": inputs, **extra}
+    return json.dumps({**meta, "sha256": _digest(meta, content)})
+
+
+def _digest(meta: dict, content: dict, room: float = math.inf) -> str:
+    """sha256 of a record and of what it is about: nested dicts and lists of arrays, tensors and plain values.
+    ValueError for anything else, and for more than `room` bytes: a small file may claim to hold a big tensor."""
+    found = hashlib.sha256()
+
+    def add(value: Any) -> None:
+        nonlocal room
+        is_array = isinstance(value, (np.ndarray, torch.Tensor))
+        room -= value.nbytes if is_array else 1
+        if room < 0:
+            raise ValueError("it claims to hold more than the file does")
+        if is_array:
+            found.update(f"{value.dtype}{tuple(value.shape)}".encode())
+            flat = value if isinstance(value, np.ndarray) else value.cpu().reshape(-1).view(torch.uint8).numpy()
+            found.update(np.ascontiguousarray(flat))
+        elif isinstance(value, dict):
+            add(len(value))
+            for key in value:
+                add(key)
+                add(value[key])
+        elif isinstance(value, (list, tuple)):
+            add(len(value))
+            for item in value:
+                add(item)
+        elif value is None or isinstance(value, (bool, int, float, str)):
+            found.update(f"{type(value).__name__} {value!r};".encode("utf-8", "surrogatepass"))
+        else:
+            raise ValueError(f"it holds a {type(value).__name__}")
+
+    add(json.loads(json.dumps(meta)))
+    add(content)
+    return found.hexdigest()
 
 
 def save_npz(path: Path, config: Any, arrays: dict[str, np.ndarray], made_from: tuple[str, ...] = (), **extra) -> None:
     """Write arrays and their record; `made_from` names the artifacts of the same run folder that were read."""
-    record = np.array(json.dumps(_meta(path, config, made_from, extra)))
+    record = np.array(_record(path, config, made_from, extra, arrays))
     _write_whole(path, lambda file: np.savez(file, meta=record, **arrays))
 
 
-def save_pt(path: Path, config: Any, content: dict, made_from: tuple[str, ...] = (), **extra) -> None:
-    """Write tensors (nested dicts and lists of plain values) and their record."""
-    content = {"meta": json.dumps(_meta(path, config, made_from, extra)), **content}
+def save_pt(path: Path, config: Any, content: dict, made_from: tuple[str, ...] = (), keep: Path | None = None) -> None:
+    """Write tensors (nested dicts and lists of plain values) and their record; `keep` as for _write_whole."""
+    content = {"meta": _record(path, config, made_from, {}, content), **content}
     # Through a file object: torch would otherwise put the temporary name inside the archive.
-    _write_whole(path, lambda file: torch.save(content, file))
-
-
-def sha256(path: Path) -> str:
-    """Hex digest of a file's bytes."""
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    _write_whole(path, lambda file: torch.save(content, file), keep)
 
 
 def load_npz(path: Path) -> tuple[dict[str, np.ndarray], dict]:
     """(arrays, meta). UserError when the file is missing, damaged or does not belong with its neighbours."""
-
-    def read():
-        with np.load(path, allow_pickle=False) as archive:
-            return {key: archive[key] for key in archive.files}
-
-    content = _read(path, read)
-    return content, _check(path, str(content.pop("meta", "")))
+    content = _read(path, lambda: _npz(path))
+    return content, _check(path, str(content.pop("meta", "")), content)
 
 
 def load_pt(path: Path) -> tuple[dict, dict]:
     """(content, meta) on the CPU. UserError as for load_npz."""
     content = _read(path, lambda: torch.load(path, map_location="cpu", weights_only=True))
-    return content, _check(path, content.pop("meta", ""))
+    return content, _check(path, content.pop("meta", ""), content)
+
+
+def _npz(path: Path, *keys: str) -> dict[str, np.ndarray]:
+    """Arrays of an .npz file (default: all); first, the size that a header claims is compared with the file's."""
+    with zipfile.ZipFile(path) as archive:
+        for member in archive.infolist():
+            with archive.open(member) as file:
+                version = np.lib.format.read_magic(file)
+                header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+                shape, _, dtype = header[version](file)
+                if math.prod(shape) * dtype.itemsize + file.tell() != member.file_size:
+                    raise ValueError(f"{member.filename} does not have the size that it claims")
+    with np.load(path, allow_pickle=False) as archive:
+        return {key: archive[key] for key in keys or archive.files}
 
 
 def _again(path: Path) -> str:
@@ -345,30 +584,58 @@ def _again(path: Path) -> str:
 
 
 def _read(path: Path, read: Callable[[], dict]) -> dict:
+    """What read() reads; UserError where it is missing or damaged."""
     if not path.exists():
         raise UserError(f"{path} does not exist; {_again(path)}")
     try:
-        _READ[path.resolve()] = sha256(path)
-        return read()
-    except (OSError, ValueError, EOFError, RuntimeError, KeyError, zipfile.BadZipFile, pickle.UnpicklingError) as error:
+        with zipfile.ZipFile(path) as archive:  # .pt too; what this program writes is never compressed
+            members = archive.infolist()
+            size = sum(member.file_size for member in members)
+            if any(member.compress_type for member in members) or size > path.stat().st_size:
+                raise ValueError("it claims to hold more than the file does")
+        content = read()
+        if not isinstance(content, dict):
+            raise ValueError(f"it holds a {type(content).__name__}")
+        return content
+    except Exception as error:  # there is nothing that a damaged file, or one that somebody made up, may not raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"{path} cannot be read ({reason}); {_again(path)}") from error
 
 
-def _check(path: Path, record: str) -> dict:
-    """The artifact's record; refuses another format and inputs that have changed since the artifact was made."""
+def _made(path: Path) -> str:
+    """The digest in an artifact's record, without reading the rest; says what is wrong when there is none."""
+    if not path.exists():
+        return "nothing"
+    try:
+        meta = (_npz(path, "meta") if path.suffix == ".npz"
+                else torch.load(path, map_location="cpu", weights_only=True, mmap=True))["meta"]
+        return json.loads(str(meta))["sha256"]
+    except Exception:
+        return "something unreadable"
+
+
+def _check(path: Path, record: str, content: dict) -> dict:
+    """The artifact's record; refuses another format, changed content, and inputs that have changed since."""
     try:
         meta = json.loads(record)
-        if meta["format"] != FORMAT:
-            raise UserError(f"{path} has format {meta['format']}, expected {FORMAT}; {_again(path)}")
-        made_from = meta["made_from"].items()
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        written, made_from, sha256 = meta["format"], meta["made_from"].items(), str(meta.pop("sha256", ""))
+    except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
         raise UserError(f"{path} carries no record of how it was made; {_again(path)}") from None
+    if written != FORMAT:
+        raise UserError(f"{path} has format {written}, expected {FORMAT}; {_again(path)}")
+    try:
+        # Twice the size: a value that the file holds once may occur several times.
+        found = _digest(meta, content, 2 * path.stat().st_size + 2**20)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{path} cannot be read ({error}); {_again(path)}") from None
+    if found != sha256:
+        raise UserError(f"{path} is damaged: expected content with sha256 {sha256[:12]}, found {found[:12]}; "
+                        f"{_again(path)}")
     for name, expected in made_from:
-        source = path.parent / name
-        found = sha256(source) if source.exists() else "nothing"
+        found = _made(path.parent / name) if name in MADE_BY else "no artifact of that name"
         if found != expected:
             raise UserError(
-                f"{path} was made from a {name} with sha256 {expected[:12]}, found {found[:12]}; {_again(path)}"
+                f"{path} was made from a {name} with sha256 {str(expected)[:12]}, found {found[:12]}; {_again(path)}"
             )
-    return meta
+    _READ[path.resolve()] = sha256
+    return {**meta, "sha256": sha256}

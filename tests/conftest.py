@@ -1,6 +1,7 @@
 """Shared by the tests: the stages as modules, and a small corpus on which all five have run."""
 
 import gzip
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,6 +18,10 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 stages = artifacts.stages()
+
+
+def sha256(path: Path) -> str:
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

@@ -28,7 +28,9 @@ def test_what_a_gpu_is_to_show_runs_on_a_cpu(tmp_path):
     printed = bench(["bash", "bench/gpu.sh"], TOY="1", DEVICE="cpu", OUT=str(tmp_path), PYTHON=sys.executable)
     for name in ("step", "predict"):
         rows = rows_of(tmp_path / f"{name}-cpu.json")
-        assert len(rows) > 5 and all(np.isfinite(value) and value >= 0 for value in rows.values()), rows
+        # Memory is what the process grew by, which at this size may be nothing, or less.
+        assert len(rows) > 5 and all(np.isfinite(value) and (value >= 0 or "peak" in name)
+                                     for name, value in rows.items()), rows
         assert all(what in printed for what in rows)
 
 

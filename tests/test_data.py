@@ -1,16 +1,19 @@
 """Stage 1 and the artifacts: batches against a loop, errors with their line, the same bytes from the same seed."""
 
+import errno
 import importlib
 import json
+import os
 import pickle
 import subprocess
 import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_corpus, stages, write_jsonl
+from conftest import ROOT, make_corpus, sha256, stages, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer
 
 import artifacts
 from artifacts import UserError
@@ -47,21 +50,19 @@ def test_batch_equals_a_loop_over_documents(documents, prefix, suffix, max_len, 
 
 
 def test_ids_are_those_of_the_tokeniser_with_its_special_tokens(done, corpus):
-    from transformers import AutoTokenizer
-
-    loaded, tokenizer = data.load(done), AutoTokenizer.from_pretrained(done / "tokenizer")
+    loaded = data.load(done)
+    tokenizer = Tokenizer.from_buffer(loaded.tokenizer)
     texts = [row[1] for row in data.read_jsonl(corpus / "test.jsonl.gz", "text")][:5]
     batch = loaded.batch("test", np.arange(5), 64)
     for row, mask, text in zip(batch.ids_BT, batch.mask_BT, texts, strict=True):
-        words = tokenizer.convert_ids_to_tokens(row[mask.bool()].tolist())
+        words = [tokenizer.id_to_token(token) for token in row[mask.bool()].tolist()]
         assert words[0] == "[CLS]" and words[-1] == "[SEP]"
         assert "".join(words[1:-1]).replace("##", "") == text.replace(" ", "")
 
 
 def test_the_same_corpus_gives_the_same_bytes(tmp_path, corpus, done):
     data.run(data.Config(run=str(tmp_path), corpus=str(corpus), vocab=400))
-    for name in ("data.npz", "tokenizer/tokenizer.json"):
-        assert artifacts.sha256(tmp_path / name) == artifacts.sha256(done / name)
+    assert sha256(tmp_path / "data.npz") == sha256(done / "data.npz")
 
 
 def test_a_missing_validation_split_is_drawn_from_training(tmp_path, capsys):
@@ -72,7 +73,7 @@ def test_a_missing_validation_split_is_drawn_from_training(tmp_path, capsys):
     assert (len(a["train"]), len(a["val"])) == (294 - 29, 29)  # 6 of 300 have no labels and are dropped
     assert (len(b["train"]), len(b["val"])) == (100, 29)
     assert np.array_equal(a["val"].labels, b["val"].labels)
-    assert "dropped: 165 training documents beyond --limit" in capsys.readouterr().out
+    assert "note: 165 training documents beyond --limit, left out" in capsys.readouterr().out
 
 
 def test_drops_are_counted_and_printed(tmp_path, capsys):
@@ -82,33 +83,10 @@ def test_drops_are_counted_and_printed(tmp_path, capsys):
     write_jsonl(folder / "train.jsonl.gz", rows)
     data.run(data.Config(run=str(tmp_path / "run"), corpus=str(folder), max_tokens=30, vocab=100))
     printed = capsys.readouterr().out
-    for line in ("1 labels named twice in one document", "1 training documents without text",
-                 "1 training documents without labels", "1 train texts cut to 30 tokens"):
-        assert f"dropped: {line}" in printed
+    for line in ("1 labels named twice in one document, taken once", "1 training documents without text, left out",
+                 "1 training documents without labels, left out", "1 train texts cut to 30 tokens"):
+        assert f"note: {line}\n" in printed
     assert len(data.load(tmp_path / "run").splits["train"]) == 2
-
-
-@pytest.mark.parametrize(
-    ("line", "message"),
-    [
-        ('{"text": "a", "labels": ["nobody"]}', "line 2: label 'nobody' is not a name in labels.jsonl.gz"),
-        ('{"text": "a"}', "line 2: expected an object with text, labels"),
-        ('["a"]', "line 2: expected an object with text, labels"),
-        ('{"text": 7, "labels": []}', "line 2: text must be a string"),
-        ('{"text": "a", "labels": "label-0"}', "line 2: text must be a string and labels a list"),
-        ("not json", "line 2: no JSON"),
-        ("", "line 2: no JSON"),
-    ],
-)
-def test_bad_lines_are_named(tmp_path, line, message):
-    import gzip
-
-    folder = make_corpus(tmp_path / "corpus")
-    with gzip.open(folder / "train.jsonl.gz", "wt") as file:
-        file.write('{"text": "a", "labels": ["label-0"]}\n' + line + "\n")
-    with pytest.raises(UserError, match="train.jsonl.gz") as error:
-        data.run(data.Config(run=str(tmp_path / "run"), corpus=str(folder)))
-    assert message in str(error.value)
 
 
 def test_artifacts_that_do_not_belong_together_are_refused(tmp_path, corpus):
@@ -139,16 +117,16 @@ def test_pickles_are_not_executed(tmp_path):
     assert not (tmp_path / "executed").exists()
 
 
-def test_a_failed_write_leaves_the_old_artifact(tmp_path, done):
+def test_a_failed_write_leaves_the_old_artifact(tmp_path, done, monkeypatch):
     path = tmp_path / "data.npz"
     path.write_bytes((done / "data.npz").read_bytes())
 
-    class Unwritable:
-        def __array__(self, *args, **kwargs):
-            raise RuntimeError("no more disk")
+    def full(descriptor):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    with pytest.raises(RuntimeError):
-        artifacts.save_npz(path, data.Config(), {"ids": Unwritable()})
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(UserError, match="data.npz cannot be written .No space left on device.; what was there before"):
+        artifacts.save_npz(path, data.Config(), {"ids": np.zeros(9)})
     assert path.read_bytes() == (done / "data.npz").read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["data.npz"]
 
@@ -204,17 +182,6 @@ def test_the_corpus_builder_drops_what_it_says():
     assert sorted(row["text"] for row in documents) == [f"p{i}: short {i}. long text" for i in range(3)]
     assert all(row["labels"] == ["pair"] for row in documents)
     assert "97 documents with no label left dropped" in " ".join(said)
-
-
-def test_flags_that_make_no_sense_are_refused(tmp_path, corpus, capsys):
-    for stage, flags in ((stages.train, ["--epochs", "0"]), (stages.eval, ["--k", "-1"])):
-        with pytest.raises(SystemExit):
-            artifacts.parse(stage.Config, "", flags)
-        assert "is less than 1" in capsys.readouterr().err
-    with pytest.raises(UserError, match="--encoder .*nowhere: no such folder"):
-        data.run(data.Config(run=str(tmp_path), corpus=str(corpus), encoder=str(tmp_path / "nowhere")))
-    with pytest.raises(UserError, match="expected 2 whole numbers"):
-        artifacts.int_list("128", "--tiny", 2)
 
 
 def test_a_result_is_made_from_what_was_read_not_from_what_came_since(tmp_path, prepared, done):

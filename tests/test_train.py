@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import SMALL, stages
+from conftest import SMALL, sha256, stages
 
 import artifacts
 from artifacts import UserError
@@ -125,7 +125,7 @@ def test_two_accumulated_halves_make_one_batch(done):
             def __len__(self):
                 return accumulate  # noqa: B023
 
-            def __call__(self, epoch):
+            def __call__(self, epoch, first):
                 return iter([whole] if accumulate == 1 else halves)  # noqa: B023
 
         train.fit(model, Fixed(), config, lambda record: None)
@@ -138,9 +138,9 @@ def test_the_same_seed_gives_the_same_bytes_and_another_does_not(tmp_path, prepa
     train.run(config_of(tmp_path))
     stages.eval.run(stages.eval.Config(run=str(tmp_path), k=20, show=0))
     for name in ("tree.npz", "model.pt", "checkpoint.pt", "predictions.npz"):
-        assert artifacts.sha256(tmp_path / name) == artifacts.sha256(done / name), name
+        assert sha256(tmp_path / name) == sha256(done / name), name
     train.run(config_of(tmp_path, seed=1))
-    assert artifacts.sha256(tmp_path / "model.pt") != artifacts.sha256(done / "model.pt")
+    assert sha256(tmp_path / "model.pt") != sha256(done / "model.pt")
 
 
 def plain(value):
@@ -169,13 +169,13 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, do
         train.run(config_of(whole, **changes))
         done = whole
 
-    def interrupted(model, batches, config, log, after_epoch, state):
+    def interrupted(model, batches, config, log, save, state, asked):
         def stop(record):
             log(record)
             if record["epoch"] == 2:
                 raise KeyboardInterrupt
 
-        fit(model, batches, config, stop, after_epoch, state)
+        fit(model, batches, config, stop, save, state, asked)
 
     monkeypatch.setattr(train, "fit", interrupted)
     with pytest.raises(KeyboardInterrupt):
@@ -183,12 +183,12 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, do
     monkeypatch.setattr(train, "fit", fit)
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"epoch": 2, "st')
-    with pytest.raises(UserError, match="made with lr=.*, not 1"):
+    with pytest.raises(UserError, match="trained with lr=.*, not 1"):
         train.run(config_of(tmp_path, resume=True, **changes, lr=1.0))
-    with pytest.raises(UserError, match="stopped after epoch 1 of 2: go on with --resume"):
+    with pytest.raises(UserError, match="stopped in epoch 2 of 2: go on with --resume"):
         train.run(config_of(tmp_path, **changes))
     train.run(config_of(tmp_path, resume=True, **changes))
-    assert artifacts.sha256(tmp_path / "model.pt") == artifacts.sha256(done / "model.pt")
+    assert sha256(tmp_path / "model.pt") == sha256(done / "model.pt")
     ours, theirs = (artifacts.load_pt(folder / "checkpoint.pt")[0] for folder in (tmp_path, done))
     assert plain(ours) == plain(theirs) and set(ours) > {"model", "optimizers", "scaler", "random", "best"}
     assert {state.dtype for state in ours["optimizers"][1]["state"][0].values()} == {torch.float32}
@@ -218,7 +218,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(done):
     model = stages.model.build(loaded, stages.tree.load(done), replace(config, pooling="mean"))
     with torch.no_grad():
         model.heads[0].weight.fill_(torch.nan)
-    with pytest.raises(UserError, match="no longer finite .step 1.: lower --lr"):
+    with pytest.raises(UserError, match="loss of level 1 of 2 is no longer finite: step 1, .* lower --lr"):
         train.fit(model, train.Batches(loaded, 16, 32, 0), config, lambda record: None)
 
 
