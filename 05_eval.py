@@ -5,7 +5,7 @@
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt
 Writes   RUN/predictions.npz    labels (N, k) int32, -1 where there are fewer; scores (N, k) float32, descending;
-                                documents in the corpus' order
+                                documents in the corpus' order; of another split than test: RUN/predictions.SPLIT.npz
 
 The rankings of the cascade (p(label) p(its cluster); the product down the whole path; p(label) alone) stand side by
 side; the one that is written was chosen on the validation split by stage 4, from the first two. The yardsticks are
@@ -183,7 +183,8 @@ def run(config: Config) -> None:
     if config.exact:
         same = (exact["labels"][:, :5] == labels[:, :5]).all(axis=1).mean()
         labels, scores = exact["labels"], exact["scores"]
-    save_npz(Path(config.run) / "predictions.npz", config,
+    file = "predictions.npz" if config.split == "test" else f"predictions.{config.split}.npz"
+    save_npz(Path(config.run) / file, config,
              {"labels": labels.astype(np.int32), "scores": np.exp(scores)},
              made_from=("data.npz", "tree.npz", "model.pt"), ranking=ranking)
 
@@ -199,7 +200,7 @@ def run(config: Config) -> None:
         print(row(f"cascade, {NAMES[name]}{mark}", metrics(beam[f"labels {name}"], split, weight_L)))
     if config.exact:
         print(row(f"every label, {NAMES[ranking]}", metrics(labels, split, weight_L)))
-    print(f"* chosen on validation; predictions.npz holds {'it with every label scored' if config.exact else 'this'}")
+    print(f"* chosen on validation; {file} holds {'it with every label scored' if config.exact else 'this'}")
     pairs = max(1, len(split.labels))
     recalls = ", ".join(f"{k_t} of {n:,} clusters {100 * beam[f'kept {t}'].sum() / pairs:.1f}"
                         for t, (k_t, n) in enumerate(zip(model.topk, model.counts[1:], strict=False)))

@@ -53,6 +53,8 @@ MADE_BY = {
     "checkpoint.pt": "04_train.py",
     "checkpoint.previous.pt": "04_train.py",
     "predictions.npz": "05_eval.py",
+    "predictions.val.npz": "05_eval.py --split val",
+    "predictions.train.npz": "05_eval.py --split train",
 }
 
 

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -125,3 +126,12 @@ def test_log_holds_what_training_printed(done):
     assert [r["epoch"] for r in epochs] == [1, 2] and set(epochs[0]["validation"]["P"]) == set(stages.model.RANKINGS)
     steps = [r for r in records if "loss" in r]
     assert all(len(r["loss"]) == 2 and r["lr"] > 0 for r in steps) and steps[-1]["step"] == 2 * 19
+
+
+def test_predictions_of_another_split_do_not_replace_those_of_the_test_split(done, tmp_path):
+    run = shutil.copytree(done, tmp_path / "run")
+    before = (run / "predictions.npz").read_bytes()
+    evaluate.run(evaluate.Config(run=str(run), split="val", k=7))
+    assert (run / "predictions.npz").read_bytes() == before
+    arrays, meta = artifacts.load_npz(run / "predictions.val.npz")
+    assert arrays["labels"].shape == (60, 7) and meta["config"]["split"] == "val"
