@@ -3,19 +3,20 @@
     python 01_data.py                                       the demo: Debian packages, a tokeniser trained on the spot
     python 01_data.py --run runs/mine --corpus FOLDER --encoder bert-base-uncased
 
-Reads    FOLDER/{train,val,test}.jsonl.gz   one document a line: {"text": "...", "labels": ["name", ...]}
-         FOLDER/labels.jsonl.gz             one label a line:    {"name": "...", "text": "what it stands for"}
-         Without val.jsonl.gz a tenth of the training documents, drawn with --seed, becomes the validation split.
+Reads    FOLDER    a corpus in one of the layouts that data/formats.py knows, among them
+                   {train,val,test}.jsonl.gz   a document a line: {"text": "...", "labels": ["name", ...]}
+                   labels.jsonl.gz             a label a line:    {"name": "...", "text": "what it stands for"}
+         Without a validation split a share of the training documents, drawn with --seed, becomes it.
 Writes   RUN/data.npz      token ids and label ids of every split, label names, the tokeniser (the README has the table)
 
 Token ids are kept without the special tokens ([CLS] and its like): those belong to the encoder and are put around a
-document when a batch is made. Left out here: other file formats, cleaning of texts, anything that needs two machines.
+document when a batch is made. Left out here: cleaning of texts, anything that needs two machines.
 
 Shapes   N documents, L labels, B batch, T tokens, P (document, label) pairs of a batch
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
@@ -28,8 +29,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from artifacts import UserError, flag, load_npz, main, natural, need_space, positive, pretrained, save_npz
-from data.formats import encodable, read_jsonl
+from artifacts import UserError, flag, load_npz, main, natural, need_space, positive, pretrained, rate, save_npz
+from data import formats
 
 SPLITS = ("train", "val", "test", "label")  # the last: the labels' own texts
 CHUNK = 1000  # documents tokenised at a time: what is in memory beside the ids
@@ -38,9 +39,12 @@ CHUNK = 1000  # documents tokenised at a time: what is in memory beside the ids
 @dataclass(frozen=True)
 class Config:
     run: str = flag("runs/demo", "folder of this run's artifacts")
-    corpus: str = flag("data/debian", "folder with the .jsonl.gz files")
+    corpus: str = flag("data/debian", "folder with the documents and labels")
     encoder: str = flag("tiny", "hub name or local folder of a transformer, or 'tiny': a small one from scratch")
     limit: int = flag(0, "keep at most this many training documents, drawn with --seed (0: all)", natural)
+    val: float = flag(0.1, "share of the training documents for validation, where the corpus has no such split", rate)
+    text_limit: int = flag(0, "read at most this many characters of a document (0: all)", natural)
+    separator: str = flag(";", "what stands between labels in a CSV column")
     max_tokens: int = flag(512, "keep at most this many tokens of a document", positive)
     vocab: int = flag(16000, "size of the vocabulary trained for 'tiny'", positive)
     seed: int = flag(0, "seed of every random choice", natural)
@@ -82,6 +86,7 @@ class Data(NamedTuple):
     names: list[str]  # (L,)
     meta: dict  # encoder, vocab_size, prefix, suffix, pad and the record of the artifact
     tokenizer: bytes = b""  # for tokenizers.Tokenizer.from_buffer
+    known: Mapping[str, csr_matrix] = {}  # (N, L) by split: labels known beforehand, no predictions
 
     def batch(self, split: str, rows: np.ndarray, max_len: int) -> Batch:
         """Documents `rows` of a split, cut to max_len tokens with the special ones: one gather, no loop over rows."""
@@ -111,23 +116,23 @@ def flatten(start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.n
     return row, position, start_B[row] + position
 
 
-def read_documents(path: Path, label_id: dict[str, int], drops: Counter) -> Iterator[tuple[str, list[int]]]:
-    """Yield (text, sorted label ids); counts in `drops` what it leaves out."""
-    split = path.name.split(".")[0]
-    for number, text, labels in read_jsonl(path, "text", "labels"):
-        if not isinstance(text, str) or not isinstance(labels, list):
-            raise UserError(f"{path} line {number}: text must be a string and labels a list of names")
+def read_documents(corpus: formats.Corpus, split: str, label_id: dict, limit: int, drops: Counter
+                   ) -> Iterator[tuple[int, str, list[int]]]:
+    """Yield (line from 0, text cut to `limit` characters, sorted label ids); counts in `drops` what it leaves out."""
+    for line, (where, text, labels) in enumerate(corpus.documents[split]()):
         try:
-            ids = sorted({label_id[name] for name in labels})
-        except (KeyError, TypeError) as error:
-            raise UserError(f"{path} line {number}: label {error} is not a name in labels.jsonl.gz; add it") from None
+            ids = sorted({label_id[label] for label in labels})
+        except KeyError as error:
+            raise UserError(f"{where}: label {error} is not among the {len(label_id)} labels; add it to them") from None
+        clean = formats.encodable(text)
         drops["labels named twice in one document, taken once"] += len(labels) - len(ids)
-        drops["texts with half a character, replaced by a question mark"] += text != encodable(text)
+        drops["texts with half a character, replaced by a question mark"] += clean != text
         if split == "train" and not (ids and text.strip()):
             drops[f"training documents without {'text' if ids else 'labels'}, left out"] += 1
             continue
         drops[f"{split} documents without text, kept"] += not text.strip()
-        yield encodable(text), ids
+        drops[f"{split} texts cut to {limit} characters"] += 0 < limit < len(clean)
+        yield line, clean[:limit] if limit else clean, ids
 
 
 def train_tokenizer(texts: Callable[[], Iterable[str]], vocab: int) -> PreTrainedTokenizerFast:
@@ -193,31 +198,22 @@ def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: PreTrainedToke
 
 
 def run(config: Config) -> None:
-    corpus, out = Path(config.corpus), Path(config.run)
-    paths = {name: corpus / f"{name}.jsonl.gz" for name in ("train", "val", "test", "labels")}
-    for name, path in paths.items():
-        if name != "val" and not path.is_file():
-            raise UserError(f"{path} does not exist; --corpus names a folder with it")
-    need_space(out, 3 * sum(path.stat().st_size for path in paths.values() if path.exists()))
-    drops = Counter()
-    names, label_texts = [], []
-    for number, name, text in read_jsonl(paths["labels"], "name", "text"):
-        if not isinstance(name, str) or not isinstance(text, str) or name != encodable(name):
-            raise UserError(f"{paths['labels']} line {number}: name and text must be strings of whole characters")
-        names.append(name)
-        label_texts.append((encodable(text), []))
-    label_id = {name: i for i, name in enumerate(names)}
-    if len(label_id) < len(names) or not names:
-        twice = [name for name, count in Counter(names).items() if count > 1][:3]
-        raise UserError(f"{paths['labels']}: {len(names)} names, expected at least one; named more than once: {twice}")
+    corpus, out, drops = formats.open_corpus(Path(config.corpus), config.separator), Path(config.run), Counter()
+    need_space(out, 3 * sum(path.stat().st_size for path in corpus.files))
+    labels = corpus.labels
+    if labels is None:
+        found = {label for read in corpus.documents.values() for document in read() for label in document.labels}
+        labels = [(formats.named(config.corpus, name), "") for name in sorted(found, key=formats.natural_order)]
+        print(f"no list of labels: {len(labels):,} names are found in the documents")
+    label_id = {name if corpus.by_name else i: i for i, (name, _) in enumerate(labels)}
 
     # Which line goes where is settled before any text is kept, so that memory holds one chunk of texts.
     rng = np.random.default_rng(config.seed)
-    n_kept = sum(1 for _ in read_documents(paths["train"], label_id, Counter()))
-    part = np.full(n_kept, "train", object)
-    if not paths["val"].exists():
-        part[rng.permutation(len(part))[: max(1, len(part) // 10)]] = "val"
-        print(f"no val.jsonl.gz: {(part == 'val').sum()} training documents become the validation split")
+    line = np.array([line for line, _, _ in read_documents(corpus, "train", label_id, 0, Counter())], np.int64)
+    part = np.full(len(line), "train", object)
+    if "val" not in corpus.documents:
+        part[rng.permutation(len(part))[: max(1, int(len(part) * config.val))]] = "val"
+        print(f"no validation split: {(part == 'val').sum()} training documents become it")
     training = np.flatnonzero(part == "train")
     if 0 < config.limit < len(training):
         cut = rng.permutation(training)[config.limit :]
@@ -225,11 +221,10 @@ def run(config: Config) -> None:
         drops["training documents beyond --limit, left out"] = len(cut)
 
     def documents(split: str, drops: Counter) -> Iterator[tuple[str, list[int]]]:
-        if paths[split].exists() and split != "train":
-            yield from read_documents(paths[split], label_id, drops)
-            return
-        rows = read_documents(paths["train"], label_id, drops if split == "train" else Counter())
-        yield from (document for here, document in zip(part, rows, strict=True) if here == split)
+        own = split in corpus.documents and split != "train"
+        source = read_documents(corpus, split if own else "train", label_id, config.text_limit,
+                                drops if own or split == "train" else Counter())
+        yield from ((text, ids) for i, (_, text, ids) in enumerate(source) if own or part[i] == split)
 
     if config.encoder == "tiny":
         tokenizer = train_tokenizer(lambda: (text for text, _ in documents("train", Counter())), config.vocab)
@@ -243,16 +238,22 @@ def run(config: Config) -> None:
     arrays = {}
     splits = {name: encode(documents(name, drops), tokenizer, config.max_tokens, name, drops)
               for name in SPLITS[:3]}
+    label_texts = ((formats.encodable(text), []) for _, text in labels)
     splits["label"] = encode(label_texts, tokenizer, config.max_tokens, "label", drops)
     for name, split in splits.items():
         arrays |= {f"{name}_{key}": array for key, array in split._asdict().items()}
-    encoded = [name.encode() for name in names]
+    for name in SPLITS[:3]:
+        source = name if name in corpus.documents else "train"
+        lines = np.arange(len(splits[name])) if source != "train" else line[part == name]
+        known = formats.read_known(corpus.known.get(source), len(labels), lines)
+        arrays |= {f"{name}_known": known.indices, f"{name}_known_offsets": known.indptr.astype(np.int64)}
+    encoded = [name.encode() for name, _ in labels]
     arrays["names"] = np.frombuffer(b"".join(encoded), np.uint8)
     arrays["names_offsets"] = np.cumsum([0] + [len(name) for name in encoded], dtype=np.int64)
     arrays["tokenizer"] = np.frombuffer(tokenizer.backend_tokenizer.to_str().encode(), np.uint8)
     save_npz(out / "data.npz", config, arrays, encoder=config.encoder, vocab_size=len(tokenizer), prefix=prefix,
              suffix=suffix, pad=pad)
-    describe(splits, len(names), drops)
+    describe(splits, len(labels), drops)
 
 
 def describe(splits: dict[str, Split], n_labels: int, drops: Counter) -> None:
@@ -283,7 +284,10 @@ def load(folder: str | Path) -> Data:
     splits = {name: Split(*(arrays[f"{name}_{key}"] for key in Split._fields)) for name in SPLITS}
     text, ends = arrays["names"].tobytes(), arrays["names_offsets"]
     names = [text[a:b].decode() for a, b in pairwise(ends)]
-    return Data(splits, names, meta, arrays["tokenizer"].tobytes())
+    known = {name: csr_matrix((np.ones(len(pairs), bool), pairs, offsets), shape=(len(splits[name]), len(names)))
+             for name in SPLITS[:3]
+             for pairs, offsets in [(arrays[f"{name}_known"], arrays[f"{name}_known_offsets"])] if len(pairs)}
+    return Data(splits, names, meta, arrays["tokenizer"].tobytes(), known)
 
 
 if __name__ == "__main__":

@@ -164,7 +164,7 @@ def predict_rankings(model: model_stage.Cascade, batch: data_stage.Batch, k: int
 def validate(model: model_stage.Cascade, data: data_stage.Data, config: Config) -> dict:
     """{"P": {ranking: [P@1, P@3, P@5]}, "recall": shortlist recall per level}, in percent, on the validation split."""
     found = artifacts.over_split(model, data, "val", config.max_len, 2 * config.batch_size,
-                       lambda batch: predict_rankings(model, batch, 5))
+                                 lambda batch, k: predict_rankings(model, batch, k), 5)
     split = data.splits["val"]
     labelled = max(1, int(np.count_nonzero(np.diff(split.label_offsets))))
     precision = {}

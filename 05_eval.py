@@ -18,6 +18,7 @@ Shapes   N documents, L labels, V vocabulary, B batch, K candidates, k labels pr
 
 import time
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -162,22 +163,19 @@ def run(config: Config) -> None:
     model.to(device).eval()
     k = config.k
 
-    def predict_beam(batch: data_stage.Batch) -> dict[str, np.ndarray]:
-        return train_stage.predict_rankings(model, batch, k)
-
-    def every_label(batch: data_stage.Batch) -> dict[str, np.ndarray]:
+    def every_label(batch: data_stage.Batch, k: int) -> dict[str, np.ndarray]:
         labels, scores = predict_exact(model, batch, k, ranking)
         return {"labels": labels.cpu().numpy(), "scores": scores.cpu().numpy()}
 
     def timed(predict) -> tuple[dict[str, np.ndarray], float]:
-        predict(data.batch(config.split, np.arange(1), trained.max_len).to(device))  # what is set up only once
+        predict(data.batch(config.split, np.arange(1), trained.max_len).to(device), k)  # what is set up only once
         start = time.perf_counter()
-        found = over_split(model, data, config.split, trained.max_len, config.batch_size, predict)
+        found = over_split(model, data, config.split, trained.max_len, config.batch_size, predict, k)
         return found, len(split) / (time.perf_counter() - start)
 
     need_space(Path(config.run), 9 * k * len(split))
     with memory_advice(replace(trained, batch_size=config.batch_size), data):
-        beam, beam_rate = timed(predict_beam)
+        beam, beam_rate = timed(partial(train_stage.predict_rankings, model))
         exact, exact_rate = timed(every_label) if config.exact else (None, None)
     labels, scores = beam[f"labels {ranking}"], beam[f"scores {ranking}"]
     if config.exact:

@@ -40,7 +40,7 @@ def measure(run: Path, kind: str, seed: int, amp: str, epochs: int | None) -> li
     train, split = data.splits["train"], data.splits["test"]
     weight_L = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
     found = over_split(model, data, "test", config.max_len, 128,
-                       lambda batch: stages.train.predict_rankings(model, batch, 5))
+                       lambda batch, k: stages.train.predict_rankings(model, batch, k), 5)
     values = stages.eval.metrics(found[f"labels {ranking}"], split, weight_L)
     return [float(values[name][int(k) - 1]) for name, k in (metric.split("@") for metric in METRICS)]
 

@@ -41,12 +41,13 @@ def stage_1(folder, **files) -> None:
 
 
 REFUSED = [
-    ("no training file", {"train": None}, "train.jsonl.gz does not exist; --corpus names a folder with it"),
-    ("no label file", {"labels": None}, "labels.jsonl.gz does not exist"),
+    ("no training file", {"train": None}, "looks like JSON lines, but has no train split"),
+    ("nothing at all", {"train": None, "val": None, "test": None, "labels": None},
+     "no corpus is recognised, found nothing"),
     ("empty training file", {"train": b""}, "no documents are left in the split 'train'"),
     ("empty test file", {"test": b""}, "no documents are left in the split 'test'"),
     ("empty validation file", {"val": b""}, "no documents are left in the split 'val'"),
-    ("empty label file", {"labels": b""}, "labels.jsonl.gz: 0 names, expected at least one"),
+    ("empty label file", {"labels": b""}, "the file of the labels has none, expected at least one"),
     ("a single document, to be split in two", {"train": GOOD[:1], "val": None},
      "no documents are left in the split 't"),
     ("no training document has a label", {"train": [{"text": "a", "labels": []}]},
@@ -54,29 +55,33 @@ REFUSED = [
     ("no training document has a text", {"train": [{"text": " \t", "labels": ["label-0"]}]},
      "no documents are left in"),
     ("invalid UTF-8", {"train": line() + b'{"text": "\xff\xfe", "labels": []}\n'},
-     "train.jsonl.gz line 2: no JSON in UTF-8"),
+     "train.jsonl.gz line 2: no UTF-8 ('utf-8' codec"),
     ("a NUL byte", {"train": line() + b'{"text": "a\x00", "labels": []}\n'},
-     "line 2: no JSON in UTF-8 (Invalid control"),
-    ("UTF-16", {"test": '{"text": "a", "labels": []}'.encode("utf-16")}, "test.jsonl.gz line 1: no JSON in UTF-8"),
-    ("no JSON", {"train": line() + b"text,labels\n"}, "line 2: no JSON in UTF-8 (Expecting value"),
-    ("a blank line", {"train": line() + b"\n"}, "line 2: no JSON in UTF-8 (Expecting value"),
-    ("a line cut short", {"train": line() + line()[:-9]}, "line 2: no JSON in UTF-8"),
-    ("nested 100,000 deep", {"train": b"[" * 100000 + b"]" * 100000}, "line 1: no JSON in UTF-8 (maximum recursion"),
-    ("a number of 5,000 digits", {"train": b'{"text": "a", "labels": [' + b"9" * 5000 + b"]}"}, "line 1: no JSON in"),
-    ("a list instead of an object", {"train": b'["a"]\n'}, "line 1: expected an object with text, labels: b'[\"a\"]"),
+     "line 2: no JSON (Invalid control"),
+    ("UTF-16", {"test": '{"text": "a", "labels": []}'.encode("utf-16")}, "test.jsonl.gz line 1: no UTF-8"),
+    ("no JSON", {"train": line() + b"text,labels\n"}, "line 2: no JSON (Expecting value"),
+    ("a blank line", {"train": line() + b"\n"}, "line 2: no JSON (Expecting value"),
+    ("a line cut short", {"train": line() + line()[:-9]}, "line 2: no JSON ("),
+    ("nested 100,000 deep", {"train": b"[" * 100000 + b"]" * 100000}, "line 1: no JSON (maximum recursion"),
+    ("a number of 5,000 digits", {"train": b'{"text": "a", "labels": [' + b"9" * 5000 + b"]}"},
+     "line 1: no JSON (Exceeds the limit"),
+    ("a list instead of an object", {"train": b'["a"]\n'}, "line 1: expected an object with text, labels: '[\"a\"]"),
     ("a string instead of an object", {"train": b'"text"\n'}, "line 1: expected an object with text, labels"),
     ("no text", {"test": b'{"labels": []}\n'}, "test.jsonl.gz line 1: expected an object with text, labels"),
     ("a text that is a number", {"train": line(7)}, "line 1: text must be a string and labels a list of names"),
     ("a text that is null", {"train": line(None)}, "line 1: text must be a string"),
-    ("labels in a string", {"train": b'{"text": "a", "labels": "label-0"}'}, "labels a list of names"),
+    ("labels in a string", {"train": b'{"text": "a", "labels": "label-0"}'},
+     "labels a list of names, found 'a' and 'label-0'"),
     ("a label that is nowhere", {"train": line("a", ["nobody"])},
-     "label 'nobody' is not a name in labels.jsonl.gz; add"),
-    ("a label number out of range", {"train": line("a", [99])}, "line 1: label 99 is not a name in labels.jsonl.gz"),
-    ("a list as a label", {"train": line("a", [["label-0"]])}, "line 1: label unhashable type: 'list' is not a name"),
+     "line 1: label 'nobody' is not among the 5 labels; add it"),
+    ("a label number out of range", {"train": line("a", [99])},
+     "line 1: text must be a string and labels a list of names, found"),
+    ("a list as a label", {"train": line("a", [["label-0"]])},
+     "line 1: text must be a string and labels a list of names, found"),
     ("a label named twice", {"labels": [*LABELS, LABELS[2]]},
-     "6 names, expected at least one; named more than once: ['label-2']"),
+     "labels named more than once: 'label-2'"),
     ("a label name that is a number", {"labels": [{"name": 3, "text": ""}]},
-     "labels.jsonl.gz line 1: name and text must be"),
+     "labels.jsonl.gz line 1: name and text must be strings"),
     ("half a character in a name", {"labels": [{"name": "\ud800", "text": ""}]},
      "line 1: name and text must be strings of"),
 ]
@@ -102,7 +107,7 @@ def test_files_that_are_no_gzip_or_end_early(tmp_path):
         (folder / "train.jsonl.gz").write_bytes(content)
         with pytest.raises(UserError, match=said):
             stages.data.run(stages.data.Config(run=str(tmp_path / "run"), corpus=str(folder)))
-    with pytest.raises(UserError, match="nowhere.train.jsonl.gz does not exist"):
+    with pytest.raises(UserError, match="nowhere: no corpus is recognised, found no such folder"):
         stages.data.run(stages.data.Config(run=str(tmp_path / "run"), corpus=str(tmp_path / "nowhere")))
 
 
@@ -233,7 +238,7 @@ def test_an_encoder_that_is_not_there_or_of_another_vocabulary(tmp_path, corpus)
     with pytest.raises(UserError, match="--encoder .*nowhere: no such folder"):
         stages.data.run(stages.data.Config(run=str(tmp_path), corpus=str(corpus), encoder=str(tmp_path / "nowhere")))
     encoder, run = tmp_path / "encoder", str(tmp_path / "run")
-    texts = [text for _, text in stages.data.read_jsonl(corpus / "train.jsonl.gz", "text")]
+    texts = [row.text for row in formats.open_corpus(corpus).documents["train"]()]
     stages.data.train_tokenizer(lambda: texts, 300).save_pretrained(encoder)
     shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 16}
     transformers.BertModel(transformers.BertConfig(vocab_size=100, **shape)).save_pretrained(encoder)

@@ -2,7 +2,6 @@
 
 import errno
 import importlib
-import json
 import os
 import pickle
 import subprocess
@@ -52,7 +51,7 @@ def test_batch_equals_a_loop_over_documents(documents, prefix, suffix, max_len, 
 def test_ids_are_those_of_the_tokeniser_with_its_special_tokens(done, corpus):
     loaded = data.load(done)
     tokenizer = Tokenizer.from_buffer(loaded.tokenizer)
-    texts = [row[1] for row in data.read_jsonl(corpus / "test.jsonl.gz", "text")][:5]
+    texts = [row.text for row in data.formats.open_corpus(corpus).documents["test"]()][:5]
     batch = loaded.batch("test", np.arange(5), 64)
     for row, mask, text in zip(batch.ids_BT, batch.mask_BT, texts, strict=True):
         words = [tokenizer.id_to_token(token) for token in row[mask.bool()].tolist()]
@@ -156,10 +155,10 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
 def test_the_shipped_corpus_is_what_its_readme_says():
     folder = ROOT / "data" / "debian"
     assert sum(path.stat().st_size for path in folder.glob("*.gz")) <= 6e6
-    names = [name for _, name in data.read_jsonl(folder / "labels.jsonl.gz", "name")]
-    rows = {split: [json.dumps(labels) for _, labels in data.read_jsonl(folder / f"{split}.jsonl.gz", "labels")]
-            for split in ("train", "val", "test")}
-    in_training = {label for row in rows["train"] for label in json.loads(row)}
+    corpus = data.formats.open_corpus(folder)
+    names = [name for name, _ in corpus.labels]
+    rows = {split: [document.labels for document in read()] for split, read in corpus.documents.items()}
+    in_training = {label for labels in rows["train"] for label in labels}
     assert set(names) == in_training and len(names) == len(set(names))
     assert {split: len(part) for split, part in rows.items()} == {"train": 37887, "val": 4590, "test": 4642}
 

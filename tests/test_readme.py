@@ -90,7 +90,7 @@ def test_own_corpus_as_the_readme_says(tmp_path):
 def test_a_pretrained_encoder_as_in_the_results(tmp_path):
     """The commands of the results, with a small random BERT in a local folder instead of the pretrained one."""
     folder, encoder = make_corpus(tmp_path / "corpus"), tmp_path / "encoder"
-    texts = [text for _, text in stages.data.read_jsonl(folder / "train.jsonl.gz", "text")]
+    texts = [row.text for row in stages.data.formats.open_corpus(folder).documents["train"]()]
     tokenizer = stages.data.train_tokenizer(lambda: texts, 400)
     tokenizer.save_pretrained(encoder)
     shape = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 16}
@@ -138,6 +138,8 @@ def test_the_readme_is_short_and_names_only_flags_that_exist():
     flags = set(re.findall(r"--[a-z][a-z0-9-]+", README))
     configs = [stage.Config for stage in vars(stages).values()]
     known = {"--" + field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
+    for script in (*ROOT.glob("bench/*.py"), ROOT / "tests" / "kills.py"):
+        known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))
     assert flags <= known | {"--help"}, flags - known
 
 

@@ -270,7 +270,7 @@ def test_validation_counts_what_the_metrics_count(done):
     split = loaded.splits["val"]
     for ranking in stages.model.RANKINGS:
         found = artifacts.over_split(model, loaded, "val", config.max_len, 7,
-                                 lambda batch: train.predict_rankings(model, batch, 5))  # noqa: B023
+                                     lambda batch, k: train.predict_rankings(model, batch, k), 5)  # noqa: B023
         metrics = stages.eval.metrics(found[f"labels {ranking}"], split, np.ones(len(loaded.names)))
         assert result["P"][ranking] == pytest.approx([metrics["P"][j - 1] for j in (1, 3, 5)])
     # Shortlist recall, label by label.
