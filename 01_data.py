@@ -29,7 +29,8 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processor
 from tqdm import tqdm
 from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
-from artifacts import UserError, flag, load_npz, main, natural, need_space, positive, pretrained, rate, save_npz
+import artifacts
+from artifacts import UserError, flag, load_npz, natural, positive, save_npz
 from data import formats
 
 SPLITS = ("train", "val", "test", "label")  # the last: the labels' own texts
@@ -42,7 +43,7 @@ class Config:
     corpus: str = flag("data/debian", "folder with the documents and labels")
     encoder: str = flag("tiny", "hub name or local folder of a transformer, or 'tiny': a small one from scratch")
     limit: int = flag(0, "keep at most this many training documents, drawn with --seed (0: all)", natural)
-    val: float = flag(0.1, "share of the training documents for validation, where the corpus has no such split", rate)
+    val: float = flag(0.1, "share of the training documents for validation, without such a split", artifacts.rate)
     text_limit: int = flag(0, "read at most this many characters of a document (0: all)", natural)
     separator: str = flag(";", "what stands between labels in a CSV column")
     max_tokens: int = flag(512, "keep at most this many tokens of a document", positive)
@@ -199,7 +200,7 @@ def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: PreTrainedToke
 
 def run(config: Config) -> None:
     corpus, out, drops = formats.open_corpus(Path(config.corpus), config.separator), Path(config.run), Counter()
-    need_space(out, 3 * sum(path.stat().st_size for path in corpus.files))
+    artifacts.need_space(out, 3 * sum(path.stat().st_size for path in corpus.files))
     labels = corpus.labels
     if labels is None:
         found = {label for read in corpus.documents.values() for document in read() for label in document.labels}
@@ -229,7 +230,7 @@ def run(config: Config) -> None:
     if config.encoder == "tiny":
         tokenizer = train_tokenizer(lambda: (text for text, _ in documents("train", Counter())), config.vocab)
     else:
-        tokenizer = pretrained(AutoTokenizer, config.encoder)
+        tokenizer = artifacts.pretrained(AutoTokenizer, config.encoder)
     if not tokenizer.is_fast:
         raise UserError(f"--encoder {config.encoder}: its tokeniser has no fast version; use another encoder")
     tokenizer.model_max_length = int(1e9)  # no warning: cutting is done, and counted, here
@@ -281,6 +282,7 @@ def describe(splits: dict[str, Split], n_labels: int, drops: Counter) -> None:
 def load(folder: str | Path) -> Data:
     """RUN/data.npz as stage 1 wrote it."""
     arrays, meta = load_npz(Path(folder) / "data.npz")
+    artifacts.check_data(Path(folder) / "data.npz", arrays, meta)
     splits = {name: Split(*(arrays[f"{name}_{key}"] for key in Split._fields)) for name in SPLITS}
     text, ends = arrays["names"].tobytes(), arrays["names_offsets"]
     names = [text[a:b].decode() for a, b in pairwise(ends)]
@@ -291,4 +293,4 @@ def load(folder: str | Path) -> Data:
 
 
 if __name__ == "__main__":
-    main(run, Config, __doc__)
+    artifacts.main(run, Config, __doc__)

@@ -260,7 +260,12 @@ def run(config: Config) -> None:
 def load(folder: str | Path) -> Tree:
     """RUN/tree.npz as stage 2 wrote it."""
     arrays, _ = load_npz(Path(folder) / "tree.npz")
-    return Tree(arrays["slot_to_label"], arrays["levels"].tolist())
+    slots, levels = arrays["slot_to_label"], arrays["levels"].tolist()
+    labels = np.sort(slots[slots >= 0])
+    check_levels(levels, len(labels))  # before a model is made of that size
+    if len(slots) % levels[-1] or (labels != np.arange(len(labels))).any():
+        raise UserError(f"{folder}/tree.npz: its slots are no permutation; run: python 02_label_tree.py --run {folder}")
+    return Tree(slots, levels)
 
 
 if __name__ == "__main__":

@@ -6,12 +6,10 @@
 
 Reads    RUN/data.npz, RUN/tree.npz
 Writes   RUN/model.pt        the best model by validation P@1 + P@3 + P@5: weights, and what rebuilds the model
-         RUN/checkpoint.pt   everything needed to go on, saved after each epoch, every --save-every steps and on Ctrl-C;
-                             the one before it is RUN/checkpoint.previous.pt
+         RUN/checkpoint.pt   everything needed to go on; the one before it is RUN/checkpoint.previous.pt
          RUN/log.jsonl       one record per interval and per epoch
 
-Settings left open come from a recipe: one for 'tiny', the paper's for pretrained encoders. Left out here: more than one
-device.
+Settings left open come from a recipe: one for 'tiny', the paper's for pretrained encoders. Left out: a second device.
 """
 
 import time
@@ -167,10 +165,8 @@ def validate(model: model_stage.Cascade, data: data_stage.Data, config: Config) 
                                  lambda batch, k: predict_rankings(model, batch, k), 5)
     split = data.splits["val"]
     labelled = max(1, int(np.count_nonzero(np.diff(split.label_offsets))))
-    precision = {}
-    for name in model_stage.RANKINGS:
-        right = hits(found[f"labels {name}"], split).sum(axis=0).cumsum()
-        precision[name] = [100 * float(right[k - 1]) / k / labelled for k in (1, 3, 5)]
+    right = {name: hits(found[f"labels {name}"], split).sum(axis=0).cumsum() for name in model_stage.RANKINGS}
+    precision = {name: [100 * float(n[k - 1]) / k / labelled for k in (1, 3, 5)] for name, n in right.items()}
     recall = [100 * float(found[f"kept {t}"].sum()) / max(1, len(split.labels)) for t in range(len(model.topk))]
     return {"P": precision, "recall": recall}
 
@@ -230,7 +226,7 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
                 finite.check()
                 *losses, surplus = sums.tolist()
                 record = {"epoch": epoch + 1, "step": step, "total": total, "loss": [loss / seen for loss in losses],
-                          "surplus": int(surplus), "lr": lr, "grad_norm": float(norm.nan_to_num()),
+                          "surplus": int(surplus), "lr": lr, "grad_norm": float(norm) if norm.isfinite() else None,
                           "batches_per_s": (seen - before) / (time.perf_counter() - start)}
                 if config.amp == "fp16":
                     record["skipped"] = step - int(optimizers[0].state[dense[0]]["step"])
@@ -241,7 +237,7 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
                 at = {"epoch": epoch + last, "batch": 0 if last else i + 1, "step": step, "sums": sums, "seen": seen}
                 save(artifacts.get_state(parts) | at)
                 if stop():
-                    raise KeyboardInterrupt(f"a checkpoint was saved after step {step}; go on with --resume")
+                    raise KeyboardInterrupt(f"; a checkpoint was saved after step {step}; go on with --resume")
         first = 0
 
 
@@ -257,17 +253,21 @@ def load(folder: str | Path, data: data_stage.Data) -> tuple[model_stage.Cascade
 
 
 def run(config: Config) -> None:
-    out = Path(config.run)
-    data, tree = data_stage.load(out), tree_stage.load(out)
+    data, tree = data_stage.load(config.run), tree_stage.load(config.run)
     for recipes in (model_stage.RECIPES, RECIPES):
         config = artifacts.settle(config, recipes, data.meta["encoder"])
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model, state = model_stage.build(data, tree, config).to(device), None
+    with artifacts.memory_advice(config, len(data.names)):
+        train(config, data, tree)
+
+
+def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree) -> None:
+    """Build the cascade, fit it, and keep checkpoints and the best epoch."""
+    out, device = Path(config.run), torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model = model_stage.build(data, tree, config).to(device)
     config = replace(config, topk=",".join(map(str, model.topk)),
                      layers=",".join("+".join(map(str, group)) for group in model.layers))
-    if config.resume:
-        state, config = artifacts.go_on(out, config)
-    artifacts.need_space(out, 11 * sum(parameter.nbytes for parameter in model.parameters()))  # 3 checkpoints, 2 models
+    state, config = artifacts.go_on(out, config) if config.resume else (None, config)
+    artifacts.room_for_training(out, model)
     batches, log = Batches(data, config.batch_size, config.max_len, config.seed), artifacts.logger(out, config)
     best = state["best"] if state else -1.0
 
@@ -285,14 +285,14 @@ def run(config: Config) -> None:
                 save_pt(out / "model.pt", config, content | more, ("data.npz", "tree.npz"))
         artifacts.save_checkpoint(out, config, content | state | {"best": best})
 
-    with artifacts.asked_to_stop() as stop, artifacts.memory_advice(config, data):
-        config = replace(config, amp=artifacts.choose_amp(config.amp, model, next(batches(0)).to(device)))
-        if config.compile:
-            model.encoder.compile(dynamic=True)
-        if not config.resume:
-            artifacts.start_over(out)
-        torch.manual_seed(config.seed)
-        print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()), flush=True)
+    config = replace(config, amp=artifacts.choose_amp(config.amp, model, next(batches(0)).to(device)))
+    if config.compile:
+        model.encoder.compile(dynamic=True)
+    if not config.resume:
+        artifacts.start_over(out)
+    torch.manual_seed(config.seed)
+    print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()), flush=True)
+    with artifacts.asked_to_stop() as stop:
         fit(model, batches, config, log, save, state, stop)
 
 

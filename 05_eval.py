@@ -17,7 +17,7 @@ Shapes   N documents, L labels, V vocabulary, B batch, K candidates, k labels pr
 """
 
 import time
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from pathlib import Path
@@ -174,7 +174,7 @@ def run(config: Config) -> None:
         return found, len(split) / (time.perf_counter() - start)
 
     need_space(Path(config.run), 9 * k * len(split))
-    with memory_advice(replace(trained, batch_size=config.batch_size), data):
+    with memory_advice(config, n_labels):
         beam, beam_rate = timed(partial(train_stage.predict_rankings, model))
         exact, exact_rate = timed(every_label) if config.exact else (None, None)
     labels, scores = beam[f"labels {ranking}"], beam[f"scores {ranking}"]

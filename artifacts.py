@@ -12,6 +12,7 @@ import hashlib
 import json
 import math
 import os
+import shlex
 import shutil
 import signal
 import sys
@@ -120,10 +121,10 @@ def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as interrupt:
-        print(f"{name}: interrupted; {interrupt or 'what was there before is as it was'}", file=sys.stderr)
+        print(f"{name}: interrupted{interrupt}", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # the log, the corpus, the screen: a device that fails is no fault of the program
-        print(f"{name}: error: {error}; what was there before is as it was", file=sys.stderr)
+    except OSError as error:  # a screen or a disk that fails is no fault of the program
+        print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"[{name} took {time.perf_counter() - start:.0f} s{peak_memory()}]")
 
@@ -139,24 +140,33 @@ def peak_memory() -> str:
     return ", at the peak " + " and ".join(found) if found else ""
 
 
+def is_out_of_memory(error: Exception) -> bool:
+    """Whether it is the memory of this machine or of its GPU that there is too little of."""
+    said = isinstance(error, RuntimeError) and str(error)
+    return isinstance(error, MemoryError) or said and any(
+        words in said for words in ("can't allocate memory", "out of memory", "ALLOC_FAILED"))
+
+
 @contextlib.contextmanager
-def memory_advice(config: Any, data: Any) -> Iterator[None]:
+def memory_advice(config: Any, n_labels: int) -> Iterator[None]:
     """Turn running out of memory in here into a UserError with the sizes that matter and the flags that lower them."""
     try:
         yield
     except (MemoryError, RuntimeError) as error:
-        if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and "can't allocate memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         reason = (str(error) or "no more is to be had").splitlines()[0]
-        raise UserError(
-            f"out of memory ({reason}) with {config.batch_size} documents of up to {config.max_len} tokens in a batch "
-            f"and shortlists of {config.topk} clusters and {len(data.names):,} labels; lower --batch-size, in training "
-            "also --max-len or --topk; --label-bf16 halves the weights of the labels") from error
+        flags = {"batch_size": "documents in a batch", "max_len": "tokens of a document at most",
+                 "topk": "clusters kept per level"}
+        sizes = [f"--{key.replace('_', '-')} {getattr(config, key)} ({what})" for key, what in flags.items()
+                 if getattr(config, key, None)]
+        more = "; --label-bf16 halves the weights of the labels" if hasattr(config, "label_bf16") else ""
+        raise UserError(f"out of memory ({reason}) with {n_labels:,} labels; lower {', '.join(sizes)}{more}") from error
 
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C, or SIGTERM, has come since; a second one stops at once."""
+    """Gives a function that says whether Ctrl-C has come since, or a wish to end; a second one stops at once."""
     came, before = [], {}
 
     def note(number: int, frame: Any) -> None:
@@ -166,7 +176,10 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
     if threading.current_thread() is threading.main_thread():  # only there may signals be handled
-        before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
+        numbers = [getattr(signal, name) for name in names]
+        before = {number: signal.signal(number, note) for number in numbers
+                  if signal.getsignal(number) is not signal.SIG_IGN}  # under nohup a closed terminal is nothing
     try:
         yield lambda: bool(came)
     finally:
@@ -201,8 +214,8 @@ class Finite:
         if len(bad):
             n = len(copy) - 1
             what = f"loss of level {bad[0] + 1} of {n}" if bad[0] < n else "gradient"
-            raise UserError(f"the {what} is no longer finite: step {step}, learning rate {lr:.1e}; lower --lr or "
-                            "--lr-encoder. The checkpoints are those of before")
+            raise UserError(f"the {what} is no longer finite: step {step}, learning rate {lr:.1e}; the checkpoints are "
+                            "those of before. Start over with a lower --lr or --lr-encoder, after deleting them")
 
 
 def positive(text: str) -> int:
@@ -267,13 +280,16 @@ def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> PreTrainedMo
     is bigger than the `weights` that belong to it."""
     safe = {key: value for key, value in config.items()
             if not key.startswith("_") and key not in ("auto_map", "attn_implementation", "quantization_config")}
-    kind, layers = str(safe.pop("model_type", "")), safe.get("num_hidden_layers", 0)
+    kind = str(safe.pop("model_type", ""))
     try:
-        if not isinstance(layers, int) or layers > len(weights):
+        # Under whatever name: num_hidden_layers, n_layers, ...
+        layers = [value for key, value in safe.items() if key.endswith("layers") and not isinstance(value, list)]
+        if any(value is not None and (not isinstance(value, int) or value > len(weights)) for value in layers):
             raise ValueError(f"{layers} layers")
         shape = AutoConfig.for_model(kind, **safe)
         with torch.device("meta"):
-            claimed = sum(parameter.numel() for parameter in AutoModel.from_config(shape).parameters())
+            model = AutoModel.from_config(shape)
+            claimed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
         if claimed > 2 * sum(weight.numel() for weight in weights.values()) + 2**24:
             raise ValueError(f"{claimed:,} parameters")
         return AutoModel.from_config(shape)
@@ -346,8 +362,11 @@ def logger(folder: Path, config: Any) -> Callable[[dict], None]:
     """A function that appends a record to RUN/log.jsonl, to be followed while it grows, and prints it for a person."""
 
     def log(record: dict) -> None:
-        with open(folder / "log.jsonl", "a") as file:
-            file.write(json.dumps(record) + "\n")
+        try:
+            with open(folder / "log.jsonl", "a") as file:
+                file.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise UserError(f"{folder / 'log.jsonl'} cannot be written ({error.strerror}); make room") from error
         print(progress(record, config), flush=True)
 
     return log
@@ -382,7 +401,8 @@ def load_checkpoint(folder: Path) -> dict:
         if not paths[1].exists():
             raise
         state = load_pt(paths[1])[0]
-        print(f"{error}; going on from {paths[1]}, the checkpoint before it")
+        os.replace(paths[1], paths[0])  # or the next checkpoint would put the damaged one in the place of this one
+        print(f"{str(error).split('; run: ')[0]}; taking the checkpoint before it, of step {state['step']}")
         return state
 
 
@@ -394,6 +414,12 @@ def go_on(folder: Path, config: Any) -> tuple[dict, Any]:
         if getattr(config, key, None) not in (before, "auto"):
             raise UserError(f"--resume: {folder} was trained with {key}={before}, not {getattr(config, key)}; "
                             "give the same settings, or start over without --resume")
+    if state["best"] > -1:
+        try:
+            load_pt(folder / "model.pt")
+        except UserError as error:
+            print(f"{str(error).split('; run: ')[0]}; the next epoch counts as the best so far")
+            state["best"] = -1.0
     keep_log(folder / "log.jsonl", state["step"])
     print(f"going on after step {state['step']}, in epoch {state['epoch'] + 1} of {config.epochs}"
           if state["epoch"] < config.epochs else "this run has finished; nothing is left to do")
@@ -410,8 +436,11 @@ def start_over(folder: Path) -> None:
         raise UserError(f"{folder} holds a run that stopped in epoch {state['epoch'] + 1} of "
                         f"{state['config']['epochs']}: go on with --resume, or delete {folder}/checkpoint*.pt to start "
                         "over")
-    for name in ("checkpoint.pt", "checkpoint.previous.pt", "log.jsonl"):
-        (folder / name).unlink(missing_ok=True)
+    old = [folder / name for name in ("checkpoint.previous.pt", "checkpoint.pt", "log.jsonl")]  # the finished one last
+    if any(path.exists() for path in old):
+        print("starting over: the checkpoints and the log of the run before are removed")
+    for path in old:
+        path.unlink(missing_ok=True)
 
 
 def over_split(model: Any, data: Any, name: str, max_len: int, batch_size: int,
@@ -453,11 +482,11 @@ def get_state(parts: dict[str, Any]) -> dict:
 
 
 def set_state(parts: dict[str, Any], state: dict) -> dict:
-    """Give all that get_state read its state back; returns the whole."""
+    """Give all that get_state read its state back; returns what is left: where the training stood."""
     for name, part in parts.items():
-        pairs = zip(part, state[name], strict=True) if isinstance(part, list) else [(part, state[name])]
-        for one, saved in pairs:
-            one.load_state_dict(saved)
+        saved = state.pop(name)  # or it would stay in memory as long as the training lasts
+        for one, its in zip(part, saved, strict=True) if isinstance(part, list) else [(part, saved)]:
+            one.load_state_dict(its)
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random"]["cuda"])
@@ -476,17 +505,24 @@ def keep_log(path: Path, step: int) -> None:
     _write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
-def need_space(folder: Path, n_bytes: float) -> None:
-    """UserError unless the folder can be written to and has room for that much."""
+def need_space(folder: Path, n_bytes: float, replaced: tuple[str, ...] = ()) -> None:
+    """UserError unless the folder can be written to and has room for that much, in place of the files `replaced`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             free = shutil.disk_usage(folder).free
     except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
         raise UserError(f"--run {folder}: cannot be written to ({error}); choose another folder") from None
+    free += sum(path.stat().st_size for name in replaced for path in folder.glob(name))
     if free < n_bytes:
         raise UserError(f"--run {folder}: this stage writes about {n_bytes / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB "
                         "are free; make room, or choose another folder")
+
+
+def room_for_training(folder: Path, model: torch.nn.Module) -> None:
+    """UserError unless three checkpoints, with AdamW's moments, and two models can be written, as happens in a save."""
+    size = sum(parameter.nbytes for parameter in model.parameters())
+    need_space(folder, 11 * size, replaced=("checkpoint*", "model.pt*"))
 
 
 def _write_whole(path: Path, write: Callable[[Any], None], keep: Path | None = None) -> None:
@@ -503,6 +539,10 @@ def _write_whole(path: Path, write: Callable[[Any], None], keep: Path | None = N
         if keep and path.exists():
             os.replace(path, keep)
         os.replace(partial, path)
+        if os.name == "posix":  # the names, too, are to survive a power cut
+            parent = os.open(path.parent, os.O_RDONLY)
+            os.fsync(parent)
+            os.close(parent)
     except (OSError, RuntimeError) as error:
         reason = error if isinstance(error, OSError) else error.__context__  # torch hides what went wrong
         if not isinstance(reason, OSError):
@@ -599,7 +639,31 @@ def _npz(path: Path, *keys: str) -> dict[str, np.ndarray]:
 
 
 def _again(path: Path) -> str:
-    return f"run: python {MADE_BY[path.name]} --run {path.parent}"
+    """The command that makes an artifact."""
+    if path.name not in MADE_BY:
+        return "make it again"
+    return f"run: python {MADE_BY[path.name]} --run {shlex.quote(str(path.parent))}"
+
+
+def _anew(path: Path) -> str:
+    """The same for one that was there already: only the flags of before make the same again."""
+    return _again(path) + " with the flags of before"
+
+
+def check_data(path: Path, arrays: dict[str, np.ndarray], meta: dict) -> None:
+    """UserError unless the arrays of data.npz are within what offsets and the numbers of tokens and labels say."""
+    n_labels, most = len(arrays["names_offsets"]) - 1, len(arrays["tokenizer"])  # a token takes some of its bytes
+    if not 0 < meta["vocab_size"] <= most:
+        raise UserError(f"{path}: a tokeniser of {most} bytes has no {meta['vocab_size']} tokens; {_anew(path)}")
+    ends = {"ids": ("offsets", meta["vocab_size"]), "labels": ("label_offsets", n_labels),
+            "known": ("known_offsets", n_labels)}
+    for key in arrays:
+        split, _, kind = key.partition("_")
+        if kind in ends:
+            values, offsets, most = arrays[key], arrays[f"{split}_{ends[kind][0]}"], ends[kind][1]
+            rising = len(offsets) and offsets[0] == 0 and offsets[-1] == len(values) and (np.diff(offsets) >= 0).all()
+            if not rising or len(values) and not 0 <= values.min() <= values.max() < most:
+                raise UserError(f"{path}: {key} is not what its offsets say, or not below {most}; {_anew(path)}")
 
 
 def _read(path: Path, read: Callable[[], dict]) -> dict:
@@ -607,18 +671,28 @@ def _read(path: Path, read: Callable[[], dict]) -> dict:
     if not path.exists():
         raise UserError(f"{path} does not exist; {_again(path)}")
     try:
-        with zipfile.ZipFile(path) as archive:  # .pt too; what this program writes is never compressed
-            members = archive.infolist()
-            size = sum(member.file_size for member in members)
-            if any(member.compress_type for member in members) or size > path.stat().st_size:
-                raise ValueError("it claims to hold more than the file does")
+        _no_bomb(path)
         content = read()
         if not isinstance(content, dict):
             raise ValueError(f"it holds a {type(content).__name__}")
         return content
     except Exception as error:  # there is nothing that a damaged file, or one that somebody made up, may not raise
+        if is_out_of_memory(error):
+            raise
         reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{path} cannot be read ({reason}); {_again(path)}") from error
+        raise UserError(f"{path} cannot be read ({reason}); {_anew(path)}") from error
+
+
+def _no_bomb(path: Path) -> None:
+    """ValueError where reading the file, a zip archive as .pt is too, could take more memory than its size."""
+    with zipfile.ZipFile(path) as archive:  # what this program writes is never compressed
+        members = archive.infolist()
+        size = sum(member.file_size for member in members)
+        if any(member.compress_type for member in members) or size > path.stat().st_size:
+            raise ValueError("it claims to hold more than the file does")
+        # The one name that torch's safe unpickler calls with a size: bytearray(10**12).
+        if any(b"bytearray" in archive.read(member) for member in members if member.filename.endswith("data.pkl")):
+            raise ValueError("it holds a bytearray")
 
 
 def _made(path: Path) -> str:
@@ -626,6 +700,7 @@ def _made(path: Path) -> str:
     if not path.exists():
         return "nothing"
     try:
+        _no_bomb(path)
         meta = (_npz(path, "meta") if path.suffix == ".npz"
                 else torch.load(path, map_location="cpu", weights_only=True, mmap=True))["meta"]
         return json.loads(str(meta))["sha256"]
@@ -639,22 +714,23 @@ def _check(path: Path, record: str, content: dict) -> dict:
         meta = json.loads(record)
         written, made_from, sha256 = meta["format"], meta["made_from"].items(), str(meta.pop("sha256", ""))
     except (ValueError, RecursionError, KeyError, TypeError, AttributeError):
-        raise UserError(f"{path} carries no record of how it was made; {_again(path)}") from None
+        raise UserError(f"{path} carries no record of how it was made; {_anew(path)}") from None
     if written != FORMAT:
-        raise UserError(f"{path} has format {written}, expected {FORMAT}; {_again(path)}")
+        raise UserError(f"{path} has format {written}, expected {FORMAT}; {_anew(path)}")
     try:
         # Twice the size: a value that the file holds once may occur several times.
         found = _digest(meta, content, 2 * path.stat().st_size + 2**20)
     except (ValueError, RuntimeError) as error:
-        raise UserError(f"{path} cannot be read ({error}); {_again(path)}") from None
+        raise UserError(f"{path} cannot be read ({error}); {_anew(path)}") from None
     if found != sha256:
         raise UserError(f"{path} is damaged: expected content with sha256 {sha256[:12]}, found {found[:12]}; "
-                        f"{_again(path)}")
+                        f"{_anew(path)}")
     for name, expected in made_from:
         found = _made(path.parent / name) if name in MADE_BY else "no artifact of that name"
         if found != expected:
             raise UserError(
-                f"{path} was made from a {name} with sha256 {str(expected)[:12]}, found {found[:12]}; {_again(path)}"
+                f"{path} was made from a {name} with sha256 {str(expected)[:12]}, found "
+                f"{found[:12] if len(found) == 64 else found}; {_anew(path)}"
             )
     _READ[path.resolve()] = sha256
     return {**meta, "sha256": sha256}

@@ -118,6 +118,13 @@ def nested(depth: int, width: int):
     return value
 
 
+class Block:
+    """Is loaded as bytearray(2**33), a name that torch's safe unpickler calls."""
+
+    def __reduce__(self):
+        return bytearray, (2**33,)
+
+
 TENSORS = {
     "a tensor of 8 TB in one number": lambda: torch.zeros(1).expand(2**41),
     "a tensor that exists in no memory": lambda: torch.zeros(2**41, device="meta"),
@@ -125,6 +132,7 @@ TENSORS = {
     "a list that holds itself": lambda: (lambda a: a.append(a) or a)([]),
     "a sparse tensor": lambda: torch.ones(1).to_sparse(),
     "a block of bytes": lambda: bytearray(10),
+    "a block of 8 GB of bytes": lambda: Block(),
 }
 
 
@@ -162,6 +170,48 @@ def test_records_that_are_none(tmp_path, record):
     for load, name in ((artifacts.load_npz, "data.npz"), (artifacts.load_pt, "model.pt")):
         with pytest.raises(UserError, match=f"{name} (carries no record|has format)"):
             load(tmp_path / name)
+
+
+def test_a_neighbour_is_not_unpacked_to_read_its_record(tmp_path):
+    """What a model was made from is looked up in tree.npz, which may be a bomb itself."""
+    with zipfile.ZipFile(tmp_path / "tree.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("meta.npy", header((2**28,), "<U1") + bytes(2**30))
+    meta = {"format": artifacts.FORMAT, "made_from": {"tree.npz": "0" * 64}}
+    torch.save({"meta": json.dumps(meta | {"sha256": artifacts._digest(meta, {})})}, tmp_path / "model.pt")
+    before = peak()
+    with pytest.raises(UserError, match="tree.npz with sha256 0+, found something unreadable; run: python 04_train.py"):
+        artifacts.load_pt(tmp_path / "model.pt")
+    assert peak() - before < 2**27
+
+
+def forge(path: Path, change) -> None:
+    """Change the arrays of an artifact, and put a right checksum beside them."""
+    arrays, meta = artifacts.load_npz(path)
+    change(arrays, meta)
+    del meta["sha256"]
+    np.savez(path, meta=np.array(json.dumps(meta | {"sha256": artifacts._digest(meta, arrays)})), **arrays)
+
+
+FORGED = {
+    "67 million clusters": ("tree.npz", lambda a, m: a.update(levels=np.array([2**26])), "67108864 clusters > 40"),
+    "no cluster": ("tree.npz", lambda a, m: a.update(levels=np.array([0])), "expected rising powers of two"),
+    "a label far out": ("tree.npz", lambda a, m: a["slot_to_label"].__setitem__(0, 10**6), "are no permutation"),
+    "a million million tokens": ("data.npz", lambda a, m: m.update(vocab_size=2**40), "has no 1099511627776 tokens"),
+    "a label out of range": ("data.npz", lambda a, m: a["train_labels"].__setitem__(3, 40), "train_labels is not what"),
+    "a token out of range": ("data.npz", lambda a, m: a["test_ids"].__setitem__(3, 60000), "test_ids is not what"),
+    "offsets far out": ("data.npz", lambda a, m: a["val_offsets"].__setitem__(-1, 2**40), "val_ids is not what its"),
+    "offsets that fall": ("data.npz", lambda a, m: a["val_label_offsets"].__setitem__(1, -5), "val_labels is not what"),
+}
+
+
+@pytest.mark.parametrize(("file", "change", "said"), FORGED.values(), ids=FORGED)
+def test_arrays_that_do_not_fit_together_are_refused(prepared, file, change, said):
+    (prepared / "tree.npz").unlink() if file == "data.npz" else None
+    forge(prepared / file, change)
+    before = peak()
+    with pytest.raises(UserError, match=said):
+        (stages.data if file == "data.npz" else stages.tree).load(prepared)
+    assert peak() - before < 2**28
 
 
 def test_a_record_cannot_name_files_elsewhere(tmp_path):
@@ -216,6 +266,11 @@ def test_an_encoder_in_a_model_cannot_fetch_code_or_take_all_memory(done):
                     {"hidden_size": 2**20, "num_attention_heads": 1}, {"vocab_size": 10**11}, {"model_type": "evil"}):
         with pytest.raises(UserError, match="its encoder's configuration does not fit its weights"):
             artifacts.bare_encoder(honest | changes, weights)
+    distil = {"model_type": "distilbert", "n_layers": 10**6, "dim": 8, "hidden_dim": 8, "n_heads": 1}
+    deberta = {"model_type": "deberta", "position_biased_input": False, "max_position_embeddings": 2**28}
+    for config in (distil, deberta):
+        with pytest.raises(UserError, match="its encoder's configuration does not fit its weights"):
+            artifacts.bare_encoder(config, weights)
     assert peak() - before < 2**28
 
 

@@ -99,8 +99,8 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(prepared, done, monke
     newest.write_bytes(content)
     train.run(config_of(prepared, resume=True))
     printed = capsys.readouterr().out
-    assert re.search(r"checkpoint.pt is damaged: expected content with sha256 \w+, found \w+; .*; going on from .*prev",
-                     printed)
+    assert re.search(r"checkpoint.pt is damaged: expected content with sha256 \w+, found \w+; taking the checkpoint "
+                     "before it, of step 24", printed)
     assert "going on after step 24, in epoch 2 of 2" in printed
     for name in ("model.pt", "checkpoint.pt"):
         assert digest(prepared / name) == digest(done / name)
@@ -108,6 +108,65 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(prepared, done, monke
     before.write_bytes(b"")
     with pytest.raises(UserError, match="checkpoint.pt does not exist|cannot be read"):
         train.run(config_of(prepared, resume=True))
+
+
+def test_a_damaged_checkpoint_does_not_push_out_the_whole_one(prepared, done, monkeypatch):
+    """The newest is damaged, the one before is taken, and the next save is killed between its two renames."""
+    with stopped_at(monkeypatch, 25):
+        train.run(config_of(prepared, save_every=4))
+    (prepared / "checkpoint.pt").write_bytes(b"damaged")
+    replace, calls = os.replace, []
+
+    def killed(source, target):
+        replace(source, target)
+        calls.append(str(target))
+        if len(calls) > 1 and str(target).endswith("previous.pt"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(os, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config_of(prepared, resume=True, save_every=2))
+    monkeypatch.setattr(os, "replace", replace)
+    assert artifacts.load_pt(prepared / "checkpoint.previous.pt")[0]["step"] == 24
+    train.run(config_of(prepared, resume=True))
+    assert digest(prepared / "checkpoint.pt") == digest(done / "checkpoint.pt")
+
+
+def test_a_missing_best_model_is_made_again(prepared, monkeypatch, capsys):
+    with stopped_at(monkeypatch, 25):
+        train.run(config_of(prepared))
+    (prepared / "model.pt").write_bytes(b"damaged")
+    train.run(config_of(prepared, resume=True))
+    assert re.search("model.pt cannot be read .*; the next epoch counts as the best so far", capsys.readouterr().out)
+    assert digest(prepared / "model.pt")
+
+
+def test_starting_over_in_a_finished_run_killed_half_way_goes_on_with_neither(copied, monkeypatch):
+    unlink = Path.unlink
+
+    def killed(path, **more):
+        unlink(path, **more)
+        if path.name.startswith("checkpoint"):
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "unlink", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train.run(config_of(copied, seed=1))
+    monkeypatch.setattr(Path, "unlink", unlink)
+    train.run(config_of(copied, seed=1))  # not "go on with --resume"
+
+
+def test_memory_that_runs_out_is_no_damage(prepared, monkeypatch):
+    with stopped_at(monkeypatch, 3):
+        train.run(config_of(prepared))
+
+    def short(*args, **more):
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory")
+
+    monkeypatch.setattr(torch, "load", short)
+    with pytest.raises(UserError, match="out of memory"):
+        train.run(config_of(prepared))
+    assert (prepared / "checkpoint.pt").exists()
 
 
 def test_a_finished_run_resumed_has_nothing_left_to_do(copied, capsys):
@@ -192,6 +251,8 @@ def test_a_file_that_cannot_grow_leaves_what_was_there(copied, name, most):
            "predictions.npz": lambda: stages.eval.run(stages.eval.Config(run=str(copied), k=30))}[name]
     code, said = limited(resource.RLIMIT_FSIZE, most, run)
     assert code == 2 and f"{name} cannot be written (File too large); what was there before is as it was" in said
+    lost = {"checkpoint.pt", "checkpoint.previous.pt"} if name == "model.pt" else set()  # of the run before: it says so
+    assert {path.name for path in copied.iterdir()} == set(before) - lost
     for path in copied.iterdir():
         assert path.name == "log.jsonl" or path.read_bytes() == before[path.name]
     assert digest(copied / name)
@@ -225,8 +286,8 @@ def test_out_of_memory_says_what_was_big_and_what_lowers_it(prepared):
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     code, said = limited(resource.RLIMIT_AS, used + 2**30, run)
-    assert code == 2 and re.search(r"out of memory .* with 300 documents of up to 32 tokens in a batch and "
-                                   r"shortlists of 4 clusters and 40 labels; lower --batch-size, .*--topk", said), said
+    assert code == 2 and re.search(r"out of memory .* with 40 labels; lower --batch-size 300 .documents in a batch., "
+                                   "--max-len 32 .*, --topk 4 .*; --label-bf16 halves", said), said
 
 
 def test_a_loss_that_is_not_finite_stops_within_a_step_and_keeps_the_checkpoint(prepared, monkeypatch):
@@ -240,7 +301,7 @@ def test_a_loss_that_is_not_finite_stops_within_a_step_and_keeps_the_checkpoint(
 
     monkeypatch.setattr(stages.model.Cascade, "loss", broken)
     monkeypatch.setattr(train, "INTERVALS", 1)
-    with pytest.raises(UserError, match="level 2 of 2 is no longer finite: step 9, learning rate 1.0e-02; lower --lr"):
+    with pytest.raises(UserError, match="level 2 of 2 is no longer finite: step 9, learning rate 1.0e-02; the ch"):
         train.run(config_of(prepared, save_every=4))
     assert len(calls) == 10
     state, _ = artifacts.load_pt(prepared / "checkpoint.pt")
