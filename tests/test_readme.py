@@ -138,7 +138,7 @@ def test_the_readme_is_short_and_names_only_flags_that_exist():
     flags = set(re.findall(r"--[a-z][a-z0-9-]+", README))
     configs = [stage.Config for stage in vars(stages).values()]
     known = {"--" + field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
-    for script in (*ROOT.glob("bench/*.py"), ROOT / "tests" / "kills.py"):
+    for script in (*ROOT.glob("bench/*.py"), *ROOT.glob("tools/*.py"), ROOT / "tests" / "kills.py"):
         known |= set(re.findall(r'add_argument\("(--[a-z-]+)"', script.read_text()))
     assert flags <= known | {"--help"}, flags - known
 
