@@ -10,8 +10,8 @@ Writes   RUN/predictions.npz    labels (N, k) int32, -1 where there are fewer; s
 The rankings of the cascade (p(label) p(its cluster); the product down the whole path; p(label) alone) stand side by
 side; the one that is written was chosen on the validation split by stage 4, from the first two. The yardsticks are
 computed in the same run, from the same tokens: the most frequent labels, and 20 nearest neighbours on TF-IDF. Metrics
-are means over the documents that have labels, in percent. Left out here: pictures, comparisons between runs,
-significance.
+are means over the documents that have labels, in percent. Left out here: pictures, comparisons between runs and their
+significance, which are in tools/.
 
 Shapes   N documents, L labels, V vocabulary, B batch, K candidates, k labels predicted
 """
