@@ -131,10 +131,12 @@ def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:
 
 def peak_memory() -> str:
     """The most memory that this process had, in words; the system may not tell."""
-    found = []
-    if resource:
-        unit = 1 if sys.platform == "darwin" else 1024
-        found.append(f"{unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30:.1f} GiB of memory")
+    found, status = [], Path("/proc/self/status")
+    if status.exists():  # Linux, whose ru_maxrss is also that of the process that started this one
+        peak = next(line.split()[1] for line in status.read_text().splitlines() if line.startswith("VmHWM"))
+        found.append(f"{int(peak) / 2**20:.1f} GiB of memory")
+    elif resource:  # macOS, in bytes
+        found.append(f"{resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**30:.1f} GiB of memory")
     if torch.cuda.is_available():
         found.append(f"{torch.cuda.max_memory_allocated() / 2**30:.1f} GiB of the GPU's")
     return ", at the peak " + " and ".join(found) if found else ""

@@ -46,12 +46,33 @@ def test_killed_at_any_moment():
     assert re.match(r"1\d kills .* 0 losses, the same artifacts and log", done.stdout)
 
 
+def heard() -> None:
+    """Whoever runs the tests in the background has them ignore Ctrl-C, and so would all that they start."""
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def listening():
+    before = signal.getsignal(signal.SIGINT)
+    heard()
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+def test_what_is_to_be_ignored_stays_ignored():
+    """A job in the background: Ctrl-C in the terminal is not for it."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    with artifacts.asked_to_stop() as asked:
+        os.kill(os.getpid(), signal.SIGINT)
+        assert not asked()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_go_on(prepared, done, number):
     flags = [part for key, value in (SMALL | {"run": prepared}).items()
              for part in (f"--{key.replace('_', '-')}", str(value))]
     process = subprocess.Popen([sys.executable, str(ROOT / "04_train.py"), *flags], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, bufsize=1)
+                               stderr=subprocess.PIPE, text=True, bufsize=1, preexec_fn=heard)
     for line in process.stdout:
         if " step 2/" in line:
             process.send_signal(number)

@@ -23,6 +23,7 @@ PIECES = ["", " ", "\t\n", "a", "A", "word", "#", "##a", "[CLS]", "[UNK]", "\u00
           "日本", "🙂", "\ufeff", "e\u0301", "x" * 3000, "0" * 70, "<s>", "\\", '"', "\x7f", "\u2028"]
 TEXT = st.lists(st.sampled_from(PIECES), max_size=12).map(" ".join) | st.text(max_size=40)
 NAME = st.sampled_from(["l0", "l1", "l2", "l3", "l4", "l5", "l6"])
+ODD = st.sampled_from(["", " ", "ß 日本", "../l0", "a\nb", "x" * 300, "\ufeff", "🙂"])
 GARBAGE = st.sampled_from([None, 7, True, [], {}, {"text": "a"}, {"text": 1, "labels": []},
                            {"text": "a", "labels": [[]]}])
 DOCUMENT = st.fixed_dictionaries({"text": TEXT, "labels": st.lists(NAME, max_size=7)})
@@ -33,7 +34,7 @@ found = Counter()
 @st.composite
 def corpora(draw) -> dict:
     """{file: rows}, most of them sound; the labels come in any number, with any text."""
-    names = draw(st.lists(NAME | TEXT, min_size=1, max_size=9, unique=draw(st.integers(0, 9)) > 0))
+    names = draw(st.lists(NAME | ODD, min_size=1, max_size=9, unique=draw(st.integers(0, 9)) > 0))
     rows = {split: draw(ROWS) for split in ("train", "val", "test")}
     if draw(st.integers(0, 3)):  # the labels that are used are there
         names += sorted({label for part in rows.values() for row in part for label in row["labels"]} - set(names))
@@ -77,4 +78,4 @@ def test_any_corpus_goes_through_or_is_refused(rows):
 def test_what_the_fuzzing_met():
     """Both ends were met; -s shows the counts."""
     print(json.dumps(found, indent=1))
-    assert not found or found["through all five stages"] >= sum(found.values()) // 4
+    assert not found or 0 < found["through all five stages"] < sum(found.values())
