@@ -199,11 +199,11 @@ def choose_levels(n_labels: int) -> list[int]:
 
 
 def check_levels(levels: list[int], n_labels: int) -> None:
-    """UserError unless the levels are rising powers of two, at most one per label."""
+    """UserError unless the levels are rising powers of two, at most one per label; none is the root alone."""
     rising = all(a < b for a, b in zip(levels, levels[1:], strict=False))
     if not rising or any(n < 1 or n & (n - 1) for n in levels):
         raise UserError(f"--levels {levels}: expected rising powers of two, such as 64,512")
-    if levels[-1] > n_labels:
+    if levels and levels[-1] > n_labels:
         raise UserError(f"--levels {levels}: {levels[-1]} clusters > {n_labels} labels; lower the last level")
 
 
@@ -263,7 +263,7 @@ def load(folder: str | Path) -> Tree:
     slots, levels = arrays["slot_to_label"], arrays["levels"].tolist()
     labels = np.sort(slots[slots >= 0])
     check_levels(levels, len(labels))  # before a model is made of that size
-    if len(slots) % levels[-1] or (labels != np.arange(len(labels))).any():
+    if len(slots) % [1, *levels][-1] or (labels != np.arange(len(labels))).any():
         raise UserError(f"{folder}/tree.npz: its slots are no permutation; run: python 02_label_tree.py --run {folder}")
     return Tree(slots, levels)
 

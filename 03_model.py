@@ -191,13 +191,14 @@ class Cascade(nn.Module):
         slots = torch.from_numpy(tree.slot_to_label).long()
         self.slot_to_label = nn.Buffer(slots, persistent=False)
         self.label_to_slot = nn.Buffer(slots.argsort()[(slots < 0).sum() :], persistent=False)  # empty ones sort first
-        self.empty = nn.Buffer((slots < 0).view(tree.levels[-1], -1), persistent=False)
+        self.empty = nn.Buffer((slots < 0).view(self.counts[-2], -1), persistent=False)
 
-    def features(self, batch: data_stage.Batch) -> list[Tensor]:
-        """(B, D) per level, float32. Only the encoder computes in the precision `amp`: coarse logits make ties."""
+    def features(self, batch: data_stage.Batch, encoder: Encoder | None = None) -> list[Tensor]:
+        """(B, D) per level, float32, of the model's encoder or of another. Only the encoder computes in the precision
+        `amp`: coarse logits make ties."""
         kind, dtype = batch.ids_BT.device.type, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
         with torch.autocast(kind, dtype, enabled=dtype is not None):
-            pooled = self.encoder(batch.ids_BT, batch.mask_BT, {layer for group in self.layers for layer in group})
+            pooled = (encoder or self.encoder)(batch.ids_BT, batch.mask_BT, set(sum(self.layers, [])))
         return [join(torch.cat([pooled[layer] for layer in group], dim=1).to(self.heads[0].weight.dtype))
                 for group, join in zip(self.layers, self.join, strict=True)]
 

@@ -241,29 +241,29 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
         first = 0
 
 
-def load(folder: str | Path, data: data_stage.Data) -> tuple[model_stage.Cascade, Config, str]:
+def load(folder: str | Path, data: data_stage.Data, build: Callable = model_stage.build) -> tuple:
     """(model, its settings, the ranking chosen on validation) from RUN/model.pt; needs no hub."""
     content, _ = load_pt(Path(folder) / "model.pt")
     config = Config(run=str(folder), **content["config"])
     encoder = artifacts.bare_encoder(content["encoder"], content["model"])
-    model = model_stage.build(data, tree_stage.load(folder), config, encoder)
+    model = build(data, tree_stage.load(folder), config, encoder)
     model.load_state_dict(content["model"])
     model.amp = config.amp
     return model, config, content["ranking"]
 
 
-def run(config: Config) -> None:
+def run(config: Config, build: Callable = model_stage.build) -> None:
     data, tree = data_stage.load(config.run), tree_stage.load(config.run)
     for recipes in (model_stage.RECIPES, RECIPES):
         config = artifacts.settle(config, recipes, data.meta["encoder"])
     with artifacts.memory_advice(config, len(data.names)):
-        train(config, data, tree)
+        train(config, data, tree, build)
 
 
-def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree) -> None:
+def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: Callable) -> None:
     """Build the cascade, fit it, and keep checkpoints and the best epoch."""
     out, device = Path(config.run), torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = model_stage.build(data, tree, config).to(device)
+    model = build(data, tree, config).to(device)
     config = replace(config, topk=",".join(map(str, model.topk)),
                      layers=",".join("+".join(map(str, group)) for group in model.layers))
     state, config = artifacts.go_on(out, config) if config.resume else (None, config)

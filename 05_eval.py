@@ -141,7 +141,7 @@ def predict_exact(model: model_stage.Cascade, batch: data_stage.Batch, k: int, r
         part = slice(start, start + chunk)
         labels_S = model.slot_to_label.view(model.counts[-2], -1)[part].flatten()
         logits_BCF = model_stage.product(features[-1], leaf.weight[part], leaf.bias[part])
-        above = {name: score_BC[:, part] for name, score_BC in scores.items()}
+        above = scores and {name: score_BC[:, part] for name, score_BC in scores.items()}
         score_BS = model_stage.rank(logits_BCF, above)[ranking]
         found = labels_S.expand(score_BS.shape), score_BS.masked_fill(labels_S < 0, -torch.inf)
         best = model_stage.best_k(*(torch.cat(pair, 1) for pair in zip(best, found, strict=True)) if best else found, k)
@@ -202,7 +202,8 @@ def run(config: Config) -> None:
     pairs = max(1, len(split.labels))
     recalls = ", ".join(f"{k_t} of {n:,} clusters {100 * beam[f'kept {t}'].sum() / pairs:.1f}"
                         for t, (k_t, n) in enumerate(zip(model.topk, model.counts[1:], strict=False)))
-    print(f"shortlist recall (share of the labels whose cluster is kept): {recalls}")
+    if recalls:  # a tree of the root alone keeps everything
+        print(f"shortlist recall (share of the labels whose cluster is kept): {recalls}")
     print(f"beam, all three rankings: {beam_rate:,.0f} documents per second")
     if config.exact:
         print(f"every label, one ranking: {exact_rate:,.0f} documents per second; "

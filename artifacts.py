@@ -607,9 +607,10 @@ def save_npz(path: Path, config: Any, arrays: dict[str, np.ndarray], made_from: 
     _write_whole(path, lambda file: np.savez(file, meta=record, **arrays))
 
 
-def save_pt(path: Path, config: Any, content: dict, made_from: tuple[str, ...] = (), keep: Path | None = None) -> None:
+def save_pt(path: Path, config: Any, content: dict, made_from: tuple[str, ...] = (), keep: Path | None = None,
+            **extra) -> None:
     """Write tensors (nested dicts and lists of plain values) and their record; `keep` as for _write_whole."""
-    content = {"meta": _record(path, config, made_from, {}, content), **content}
+    content = {"meta": _record(path, config, made_from, extra, content), **content}
     # Through a file object: torch would otherwise put the temporary name inside the archive.
     _write_whole(path, lambda file: torch.save(content, file), keep)
 

@@ -19,22 +19,20 @@ from common import Report, stages
 from artifacts import over_split, set_arithmetic
 
 METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")
-build = stages.model.build
 
 
 def build_dense(*args):
     """The model with a label level that is one more dense level."""
-    model = build(*args)
+    model = stages.model.build(*args)
     model.heads[-1].sparse = False
     return model
 
 
 def measure(run: Path, kind: str, seed: int, amp: str, epochs: int | None) -> list[float]:
     """Train and test one model."""
-    stages.model.build = build_dense if kind == "dense" else build
+    build = build_dense if kind == "dense" else stages.model.build
     extra = {"epochs": epochs} if epochs else {}
-    stages.train.run(stages.train.Config(run=str(run), seed=seed, amp=amp, label_bf16=kind == "bf16", **extra))
-    stages.model.build = build
+    stages.train.run(stages.train.Config(run=str(run), seed=seed, amp=amp, label_bf16=kind == "bf16", **extra), build)
     data = stages.data.load(run)
     model, config, ranking = stages.train.load(run, data)
     train, split = data.splits["train"], data.splits["test"]

@@ -1,0 +1,47 @@
+"""LightXML (Jiang et al., AAAI 2021): two resolutions that read the same feature. Does each need its own layer?
+
+    python -m variants.light_xml --run runs/demo
+
+Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt (its settings)
+Writes   RUN/light_xml/    a run folder: tree.npz, model.pt, predictions.npz, ...
+
+What differs from the cascade:
+
+- one cluster level, the finest one of the same tree, and the labels;
+- one feature for both: the last five hidden states side by side, or as many layers as the encoder has, through one
+  linear map. Clusters and labels pull on the same numbers, where the cascade gives each resolution its own layer.
+
+Everything else, the shortlist with its hard negatives, loss, optimisers and passes, is the cascade's. Of the authors'
+model this leaves out the narrower feature that their labels read, and stochastic weight averaging. To take the layers
+apart from the number of levels, train the cascade itself on one layer: 04_train.py --layers 12,12,12.
+"""
+
+from pathlib import Path
+
+import artifacts
+from variants.common import Config, stages, train_on_tree
+
+NAME = "light_xml"
+
+
+def last_five(depth: int) -> str:
+    """--layers for two levels that both read the last five hidden states."""
+    return ",".join(["+".join(str(layer) for layer in range(max(1, depth - 4), depth + 1))] * 2)
+
+
+def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, backbone=None):
+    """A Cascade with one cluster level whose two levels share the map from hidden states to the feature."""
+    model = stages.model.build(data, tree, config, backbone)
+    model.join[1] = model.join[0]
+    return model
+
+
+def run(config: Config) -> None:
+    content, _ = artifacts.load_pt(Path(config.run) / "model.pt")
+    layers = max(int(layer) for layer in content["config"]["layers"].replace("+", ",").split(","))
+    topk = content["config"]["topk"].split(",")[-1]
+    train_on_tree(config.run, NAME, lambda levels: levels[-1:], build, topk=topk, layers=last_five(layers))
+
+
+if __name__ == "__main__":
+    artifacts.main(run, Config, __doc__)

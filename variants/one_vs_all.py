@@ -1,0 +1,36 @@
+"""Exhaustive one-vs-all: the same encoder, every label scored. What the shortlist saves, and what it costs.
+
+    python -m variants.one_vs_all --run runs/demo
+
+Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt (its settings)
+Writes   RUN/one_vs_all/    a run folder: tree.npz, model.pt, predictions.npz, ...
+
+One-vs-all is the cascade on a tree that is nothing but its root: the children of the root are all the labels, so the
+shortlist is everything, there are no negatives to choose, and p(label) is trained on all documents. What differs:
+
+- no cluster levels, hence one head, which reads the last layer, and one term in the loss;
+- a step costs B * L * D, and its memory holds logits (B, L): fine for ten thousand labels, not for millions;
+- scores need no parent: the ranking is p(label).
+
+The rows of the labels are trained by RowAdam, as the cascade's are, and with the dropout of the cascade's label level.
+"""
+
+import artifacts
+from variants.common import Config, stages, train_on_tree
+
+NAME = "one_vs_all"
+
+
+def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, backbone=None):
+    """A Cascade without cluster levels. `tree`: root and slots only."""
+    model = stages.model.build(data, tree, config, backbone)
+    model.dropout[0].p = 0.4
+    return model
+
+
+def run(config: Config) -> None:
+    train_on_tree(config.run, NAME, lambda levels: [], build, topk="", layers="")
+
+
+if __name__ == "__main__":
+    artifacts.main(run, Config, __doc__)
