@@ -562,7 +562,7 @@ _READ: dict[Path, str] = {}  # digest of what this process has read: what a resu
 def _record(path: Path, config: Any, made_from: tuple[str, ...], extra: dict, content: dict) -> str:
     versions = {module.__name__: module.__version__ for module in (torch, transformers, np, scipy)}
     inputs = {name: _READ[(path.parent / name).resolve()] for name in made_from}
-    meta = {"format": FORMAT, "stage": MADE_BY[path.name], "config": settings(config), "versions": versions,
+    meta = {"format": FORMAT, "stage": MADE_BY.get(path.name), "config": settings(config), "versions": versions,
             "made_from": inputs, **extra}
     return json.dumps({**meta, "sha256": _digest(meta, content)})
 

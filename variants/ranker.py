@@ -5,7 +5,7 @@
     python -m variants.ranker --run runs/demo --features sparse     one of the two parts alone
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt
-Writes   RUN/ranker/predictions.npz; with --features, RUN/ranker-sparse or RUN/ranker-dense
+Writes   RUN/ranker/    ranker.npz, predictions.npz; with --features, RUN/ranker-sparse or RUN/ranker-dense
 
 The last step of XR-Transformer, and the "+ sparse ranker" of both papers: words that the encoder never saw, since it
 reads the first --max-len tokens, and rare ones that it could not learn, still count. For each label a linear SVM with
@@ -15,13 +15,14 @@ squared hinge tells its own documents from those whose shortlist it is on, the n
 
 each part at length 1. Weights below 1e-3 are dropped, and a label's score is the model's times exp(-max(0, 1 - w.x)^3).
 The shortlists of training documents come from the model that was trained on them, as in the authors' code. Labels of a
-leaf cluster are on nearly the same shortlists, so a cluster is one problem with several right-hand sides: a truncated
-Newton method in sparse products, on all cores. Left out: the authors train a whole chain of rankers, on a new tree.
+leaf cluster are on nearly the same shortlists, so a cluster is one problem with several right-hand sides:
+variants/svm.py, a cluster on each core. Left out: the authors train a whole chain of rankers, on a new tree.
 
 Shapes   N documents, n those of one cluster, F its labels, V vocabulary, D width (+ 1), k labels of a shortlist
 """
 
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +36,7 @@ import artifacts
 from artifacts import UserError, flag, positive, rate
 from variants import common, xr_transformer
 from variants.common import stages
+from variants.svm import fit
 
 DROP = 1e-3  # weights below it are left out
 
@@ -46,78 +48,31 @@ class Config(common.Config):
     c: float = flag(1.0, "weight of the loss against |w|^2 / 2", rate)
 
 
-def load_model(folder: str, data: stages.data.Data):
-    """(model, its settings, its ranking), of stage 4 or of a variant."""
+def load_model(folder: str) -> tuple:
+    """(model, its settings, its ranking), of stage 4 or of XR-Transformer, ready to predict."""
+    data = stages.data.load(folder)
     build = xr_transformer.build if Path(folder).name.startswith(xr_transformer.NAME) else stages.model.build
-    return stages.train.load(folder, data, build)
+    model, *rest = stages.train.load(folder, data, build)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), *rest
 
 
-def unit(x_ND: np.ndarray) -> np.ndarray:
-    return x_ND / np.maximum(np.linalg.norm(x_ND, axis=1, keepdims=True), 1e-12)
+def look(model, data: stages.data.Data, split: str, settings: stages.train.Config, ranking: str, config: Config,
+         idf_V: np.ndarray | None = None) -> tuple:
+    """(TF-IDF (N, V), features and a 1 (N, D), labels (N, k), their log scores (N, k), idf (V,)) of a split, in one
+    pass of the model; what --features leaves out has no entries."""
 
-
-def look(model, data: stages.data.Data, split: str, config, ranking: str, k: int) -> tuple[np.ndarray, ...]:
-    """(labels (N, k), log scores (N, k), features (N, D)) of a split by the model: one pass."""
-
+    @torch.no_grad()
     def predict(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
         labels, scores = model.predict(batch, k, ranking)
         found = {"labels": labels, "scores": scores, "x": model.features(batch)[-1]}
-        return {key: tensor.detach().cpu().numpy() for key, tensor in found.items()}
+        return {key: tensor.cpu().numpy() for key, tensor in found.items()}
 
-    with torch.no_grad():
-        found = artifacts.over_split(model, data, split, config.max_len, 2 * config.batch_size, predict, k)
-    return found["labels"], found["scores"], unit(found["x"])
-
-
-def fit(X_nV: csr_matrix, E_nD: np.ndarray, positive_nF: np.ndarray, mask_nF: np.ndarray, c: float,
-        rounds: int = 20, inner: int = 10, tolerance: float = 0.05) -> np.ndarray:
-    """(V + D, F): a squared-hinge SVM per column on the documents of its mask, by Newton's method with conjugate
-    gradients; a column is done when its gradient is `tolerance` times what it was at 0. Float32."""
-    V, XT_Vn, ET_Dn = X_nV.shape[1], csr_matrix(X_nV.T), np.ascontiguousarray(E_nD.T)
-    y_nF, c_nF = np.where(positive_nF, 1, -1).astype(np.float32), 2 * c * mask_nF.astype(np.float32)
-
-    def margins(W: np.ndarray) -> np.ndarray:
-        return X_nV @ W[:V] + E_nD @ W[V:]
-
-    def sums(r_nF: np.ndarray) -> np.ndarray:
-        return np.concatenate([XT_Vn @ r_nF, ET_Dn @ r_nF])
-
-    def dots(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-        return np.einsum("xf,xf->f", a, b)
-
-    W = np.zeros((V + E_nD.shape[1], y_nF.shape[1]), np.float32)
-    z_nF, start_F = np.zeros_like(y_nF), None
-    for _ in range(rounds):
-        slack_nF = np.maximum(0, 1 - y_nF * z_nF)
-        loss_F = dots(W, W) / 2 + dots(c_nF, slack_nF**2) / 2
-        r = sums(c_nF * slack_nF * y_nF) - W  # minus the gradient
-        size_F = dots(r, r)
-        start_F = size_F if start_F is None else start_F
-        todo_F = size_F > tolerance**2 * start_F
-        if not todo_F.any():
-            break
-        # Conjugate gradients for the step: (1 + sum of c x x^T over what has slack) step = r.
-        curve_nF, step, p, goal_F = c_nF * (slack_nF > 0), np.zeros_like(W), r.copy(), 0.01 * size_F
-        for _ in range(inner):
-            Hp = p + sums(curve_nF * margins(p))
-            alpha_F = np.where(size_F > goal_F, size_F / np.maximum(dots(p, Hp), 1e-30), 0)
-            step += alpha_F * p
-            r -= alpha_F * Hp
-            before_F, size_F = size_F, dots(r, r)
-            if (size_F <= goal_F).all():
-                break
-            p = r + size_F / np.maximum(before_F, 1e-30) * p
-        # The whole step, or half of it, or a quarter, ... until the loss is less.
-        dz_nF, t_F = margins(step), todo_F.astype(np.float32)
-        for _ in range(10):
-            w_F = dots(W, W) / 2 + t_F * dots(W, step) + t_F**2 * dots(step, step) / 2
-            new_F = w_F + dots(c_nF, np.maximum(0, 1 - y_nF * (z_nF + t_F * dz_nF)) ** 2) / 2
-            if not (worse_F := new_F > loss_F).any():
-                break
-            t_F = np.where(worse_F, t_F / 2, t_F)
-        W += t_F * step
-        z_nF += t_F * dz_nF
-    return W
+    found = artifacts.over_split(model, data, split, settings.max_len, 2 * settings.batch_size, predict, config.k)
+    X_NV, idf_V = stages.tree.tfidf(data.splits[split], idf_V, data.meta["vocab_size"])
+    x_ND = found["x"] / np.linalg.norm(found["x"], axis=1, keepdims=True).clip(1e-12)
+    X_NV = csr_matrix(X_NV.shape, dtype=X_NV.dtype) if config.features == "dense" else X_NV
+    E_ND = np.pad(x_ND[:, : 0 if config.features == "sparse" else None], ((0, 0), (0, 1)), constant_values=1)
+    return X_NV, E_ND, found["labels"], found["scores"], idf_V
 
 
 def train(X_NV: csr_matrix, E_ND: np.ndarray, split: stages.data.Split, labels_Nk: np.ndarray, tree: stages.tree.Tree,
@@ -171,34 +126,37 @@ def rerank(X_NV: csr_matrix, E_ND: np.ndarray, labels_Nk: np.ndarray, scores_Nk:
     return np.take_along_axis(labels_Nk, order, axis=1), np.take_along_axis(scores_Nk, order, axis=1)
 
 
-def parts(config: Config, X_NV: csr_matrix, x_ND: np.ndarray) -> tuple[csr_matrix, np.ndarray]:
-    """(TF-IDF, dense features and a 1), either of them left out by --features."""
-    if config.features == "dense":
-        X_NV = csr_matrix(X_NV.shape, dtype=X_NV.dtype)
-    if config.features == "sparse":
-        x_ND = x_ND[:, :0]
-    return X_NV, np.append(x_ND, np.ones((len(x_ND), 1)), axis=1).astype(np.float32)
+def load(folder: Path) -> tuple[Callable, int]:
+    """(a function that predicts and reorders the test split of a model, the number of weights) from RUN/ranker."""
+    arrays, meta = artifacts.load_npz(folder / "ranker.npz")
+    config = Config(**meta["config"])
+    shape = len(arrays["idf"]), arrays["dense"].shape[1]
+    W_VL = csr_matrix((arrays["weights"], arrays["indices"], arrays["indptr"]), shape)
+
+    def predict(model, data: stages.data.Data, settings: stages.train.Config, ranking: str) -> tuple:
+        *test, _ = look(model, data, "test", settings, ranking, config, arrays["idf"])
+        return rerank(*test, W_VL, arrays["dense"])
+
+    return predict, W_VL.nnz + arrays["dense"].size
 
 
 def run(config: Config) -> None:
     if config.features not in ("both", "sparse", "dense"):
         raise UserError(f"--features {config.features}: expected both, sparse or dense")
-    out = common.folder(config.run, "ranker" if config.features == "both" else f"ranker-{config.features}",
-                        "data.npz", "tree.npz")
-    data, tree = stages.data.load(out), stages.tree.load(out)
-    model, settings, ranking = load_model(config.run, stages.data.load(config.run))
-    model.to("cuda" if torch.cuda.is_available() else "cpu").eval()
-    start, split = time.perf_counter(), data.splits["train"]
-    X_NV, idf_V = stages.tree.tfidf(split, None, data.meta["vocab_size"])
-    labels, _, x_ND = look(model, data, "train", settings, ranking, config.k)
+    name = "ranker" if config.features == "both" else f"ranker-{config.features}"
+    out = common.folder(config.run, name, "data.npz", "tree.npz")
+    data, start = stages.data.load(out), time.perf_counter()
+    model, settings, ranking = load_model(config.run)
+    X_NV, E_ND, labels, _, idf_V = look(model, data, "train", settings, ranking, config)
     looked = time.perf_counter()
-    weights = train(*parts(config, X_NV, x_ND), split, labels, tree, config.c)
+    W_VL, W_DL = train(X_NV, E_ND, data.splits["train"], labels, stages.tree.load(out), config.c)
     seconds = time.perf_counter() - start
-    print(f"shortlists of {len(split):,} documents: {looked - start:.0f} s; {len(data.names):,} rankers: "
-          f"{seconds - looked + start:.0f} s; {weights[0].nnz:,} weights of words", flush=True)
-    X_NV, _ = stages.tree.tfidf(data.splits["test"], idf_V, data.meta["vocab_size"])
-    labels, scores, x_ND = look(model, data, "test", settings, ranking, config.k)
-    common.save_predictions(out, data, *rerank(*parts(config, X_NV, x_ND), labels, scores, *weights), "ranker", seconds)
+    print(f"shortlists of {len(X_NV.indptr) - 1:,} documents: {looked - start:.0f} s; {W_DL.shape[1]:,} rankers: "
+          f"{seconds - looked + start:.0f} s; {W_VL.nnz:,} weights of words", flush=True)
+    arrays = {"weights": W_VL.data, "indices": W_VL.indices, "indptr": W_VL.indptr, "dense": W_DL, "idf": idf_V}
+    artifacts.save_npz(out / "ranker.npz", config, arrays, ("data.npz", "tree.npz"), stage="variants/ranker.py")
+    predict, _ = load(out)
+    common.save_predictions(out, data, *predict(model, data, settings, ranking), "ranker", seconds)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ What differs from the cascade:
 - candidates are fixed for a stage: the children of a document's true parents (teacher forcing) and of the b best ones
   that the stage above finds for it (matcher-aware negatives), padded where documents have fewer;
 - the loss is a squared hinge, w max(0, 1 - y z)^2; w of a positive node: the document's labels below it, else 1;
-- a new resolution starts from a classifier on the features of the stage above: variants/warm_start.py;
+- a new resolution starts from a classifier on the features of the stage above: variants/staging.py;
 - a node's score is exp(-max(0, 1 - z)^3) times its parent's, in a beam of b.
 
 To predict, every stage needs the encoder it was trained with. The authors throw these heads away for a linear ranker:
@@ -24,8 +24,6 @@ Shapes   N documents, B batch, K parents, F children of each, P positive pairs, 
 
 import copy
 import time
-from collections import namedtuple
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -36,8 +34,9 @@ from torch import Tensor, nn
 
 import artifacts
 from artifacts import UserError, flag, positive
-from variants import common, warm_start
+from variants import common
 from variants.common import stages
+from variants.staging import WARM_STARTS, Batch, Batches, shares, warm_start
 
 NAME = "xr_transformer"
 
@@ -46,39 +45,6 @@ NAME = "xr_transformer"
 class Config(common.Config):
     warm: str = flag("linear", "start of a new resolution: linear, inherit (the parent's weights) or none")
     b: int = flag(20, "parents of the stage above whose children are candidates", positive)
-
-
-class Batch(namedtuple("Batch", (*stages.data.Batch._fields, "parents_BK"))):
-    """A stages.data.Batch with the parents whose children are candidates, -1 where a document has fewer."""
-
-    def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
-
-
-class Batches(stages.train.Batches):
-    """Batches of one stage. parents_Nb: what the stage above found; parent_L: the parent of each label."""
-
-    def __init__(self, data: stages.data.Data, config: stages.train.Config, parents_Nb: np.ndarray,
-                 parent_L: np.ndarray) -> None:
-        super().__init__(data, config.batch_size, config.max_len, config.seed)
-        self.parents_Nb, self.parent_L = parents_Nb, parent_L
-
-    def __call__(self, epoch: int, first: int = 0) -> Iterator[Batch]:
-        for rows in self.rows(epoch)[first:]:
-            batch = self.data.batch("train", rows, self.max_len)
-            true_P = self.parent_L[batch.label_P.numpy()]
-            yield Batch(*batch, torch.from_numpy(union(self.parents_Nb[rows], batch.doc_P.numpy(), true_P)))
-
-
-def union(parents_Bb: np.ndarray, doc_P: np.ndarray, parent_P: np.ndarray) -> np.ndarray:
-    """(B, K): for each document the distinct ones of its row and of its (document, parent) pairs, padded with -1."""
-    stride = max(parents_Bb.max(initial=0), parent_P.max(initial=0)) + 1
-    own = np.arange(len(parents_Bb))[:, None] * stride + parents_Bb
-    doc, parent = np.divmod(np.unique(np.append(own, doc_P * stride + parent_P)), stride)
-    size_B = np.bincount(doc, minlength=len(parents_Bb))
-    parents_BK = np.full((len(parents_Bb), size_B.max()), -1, np.int64)
-    parents_BK[doc, np.arange(len(doc)) - (np.cumsum(size_B) - size_B)[doc]] = parent
-    return parents_BK
 
 
 class XRTransformer(stages.model.Cascade):
@@ -156,7 +122,7 @@ class XRTransformer(stages.model.Cascade):
         node_P = self.nodes(label_P, self.stage + 1).cpu().numpy()
         shape = len(x_ND), self.counts[self.stage + 1]
         Y_NM = csr_matrix((np.ones(len(node_P)), node_P, train.label_offsets), shape)
-        warm_start.start(warm, *self.heads[self.stage - 1 : self.stage + 1], x_ND, Y_NM)
+        warm_start(warm, *self.heads[self.stage - 1 : self.stage + 1], x_ND, Y_NM)
 
     def param_groups(self, lr: float, lr_encoder: float) -> list[dict]:
         """Without the rows of labels until their stage has come."""
@@ -170,15 +136,6 @@ def count(node_P: Tensor, doc_P: Tensor, parents_BK: Tensor, fan: int) -> Tensor
     counts_BKF = torch.zeros(*parents_BK.shape, fan, device=parents_BK.device)
     one = torch.ones(len(pair), device=parents_BK.device)
     return counts_BKF.index_put_((doc_P[pair], place, node_P[pair] % fan), one, accumulate=True)
-
-
-def shares(epochs: int, n_stages: int) -> list[int]:
-    """Passes of each stage, about 3 : 4 : 6, as the authors' 600, 800 and 1,200 steps for EURLex-4K."""
-    weights = np.array([3, 4, 6, 8, 10, 12][:n_stages])
-    passes = np.diff(np.round(epochs * weights.cumsum() / weights.sum()), prepend=0).astype(int).tolist()
-    if min(passes) < 1:
-        raise UserError(f"{epochs} epochs give {passes} to {n_stages} stages; train the cascade with more --epochs")
-    return passes
 
 
 def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, backbone=None) -> XRTransformer:
@@ -208,8 +165,8 @@ def train(out: Path, config: stages.train.Config, warm: str) -> XRTransformer:
 
 
 def run(config: Config) -> None:
-    if config.warm not in warm_start.WAYS:
-        raise UserError(f"--warm {config.warm}: expected one of {', '.join(warm_start.WAYS)}")
+    if config.warm not in WARM_STARTS:
+        raise UserError(f"--warm {config.warm}: expected one of {', '.join(WARM_STARTS)}")
     name = NAME if config.warm == "linear" else f"{NAME}-{config.warm}"
     out = common.folder(config.run, name, "data.npz", "tree.npz")
     (out / "log.jsonl").unlink(missing_ok=True)

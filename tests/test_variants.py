@@ -1,0 +1,315 @@
+"""variants/: each against brute force or a closed form, and all of them on a small corpus."""
+
+import dataclasses
+import shutil
+
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from conftest import make_corpus, stages
+from scipy.optimize import minimize
+
+import artifacts
+from artifacts import UserError
+
+compare = pytest.importorskip("variants.compare", reason="variants/ has been deleted")
+from variants import common, light_xml, one_vs_all, ranker, staging, svm, xr_transformer  # noqa: E402
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run of the cascade with two cluster levels; the variants are trained inside it."""
+    corpus, folder = make_corpus(tmp_path_factory.mktemp("corpus"), n_labels=43), tmp_path_factory.mktemp("run")
+    stages.data.run(stages.data.Config(run=str(folder), corpus=str(corpus), vocab=400))
+    stages.tree.run(stages.tree.Config(run=str(folder), levels="4,16"))
+    stages.train.run(stages.train.Config(run=str(folder), tiny="2,32", max_len=32, amp="off", epochs=6, batch_size=16,
+                                         topk="3,6"))
+    stages.eval.run(stages.eval.Config(run=str(folder), k=20))
+    return folder
+
+
+@pytest.fixture
+def model(run):
+    """An XR-Transformer with random weights, its data and settings."""
+    data, tree = stages.data.load(run), stages.tree.load(run)
+    config = common.cascade_settings(run, run, topk="3,3")
+    model = xr_transformer.build(data, tree, config)
+    generator = torch.Generator().manual_seed(0)
+    for head in model.heads:
+        for parameter in head.parameters():
+            torch.nn.init.normal_(parameter, generator=generator)
+    return model.eval(), data, config
+
+
+def labels_of(batch):
+    rows = [[] for _ in batch.ids_BT]
+    for doc, label in zip(batch.doc_P.tolist(), batch.label_P.tolist(), strict=True):
+        rows[doc].append(label)
+    return rows
+
+
+def test_one_vs_all_is_every_label_scored(run):
+    data = stages.data.load(run)
+    config = common.cascade_settings(run, run, topk="", layers="")
+    L = len(data.names)
+    tree = stages.tree.Tree(np.random.default_rng(0).permutation(L).astype(np.int32), [])
+    model = one_vs_all.build(data, tree, config)
+    head = model.heads[0]
+    torch.nn.init.normal_(head.weight)
+    model.eval()
+    batch = data.batch("train", np.arange(9), 32)
+    x = model.features(batch)[0]
+    z = torch.empty(9, L)
+    z[:, model.slot_to_label] = x @ head.weight[0].T + head.bias[0]
+    y = torch.zeros(9, L)
+    y[batch.doc_P, batch.label_P] = 1
+    losses, surplus = model.loss(batch)
+    expected = torch.nn.functional.binary_cross_entropy_with_logits(z, y, reduction="sum") / 9
+    assert losses.shape == (1,) and surplus == 0
+    torch.testing.assert_close(losses[0], expected)
+    labels, scores = model.predict(batch, 5)
+    torch.testing.assert_close(scores, torch.nn.functional.logsigmoid(z).topk(5).values)
+    torch.testing.assert_close(labels, z.topk(5).indices)
+
+
+def test_light_xml_has_one_feature_for_two_levels(run):
+    data = stages.data.load(run)
+    tree = stages.tree.load(run)._replace(levels=[16])
+    config = common.cascade_settings(run, run, topk="6", layers=light_xml.last_five(2))
+    model = light_xml.build(data, tree, config).eval()
+    assert model.layers == [[1, 2]] * 2 and model.counts[:2] == [1, 16]
+    batch = data.batch("train", np.arange(9), 32)
+    coarse, fine = model.features(batch)
+    assert torch.equal(coarse, fine) and coarse.shape == (9, 32)
+    assert model.join[0] is model.join[1] and len({id(p) for p in model.join.parameters()}) == 2
+    assert light_xml.last_five(1) == "1,1" and light_xml.last_five(12) == "8+9+10+11+12,8+9+10+11+12"
+
+
+def test_the_candidates_are_what_is_true_and_what_was_found():
+    rng = np.random.default_rng(0)
+    found = np.stack([rng.permutation(9)[:3] for _ in range(20)])
+    doc = np.sort(rng.integers(0, 20, 30))
+    parent = rng.integers(0, 9, 30)
+    union = staging.union(found, doc, parent)
+    for i in range(20):
+        assert sorted(union[i][union[i] >= 0]) == sorted(set(found[i]) | set(parent[doc == i]))
+    assert (union == -1).any() and (union >= 0).any(0).all()
+
+
+def test_teacher_forcing_reaches_every_positive_and_padding_has_no_gradient(model):
+    """And the loss is the squared hinge over the candidates, a positive weighted by the document's labels below it."""
+    model, data, config = model
+    n = len(data.splits["train"])
+    for stage in range(3):
+        model.stage = stage
+        model.heads.zero_grad()
+        parent_L = model.nodes(torch.arange(len(data.names)), stage).numpy()
+        found = np.random.default_rng(0).integers(0, model.counts[stage], (n, 2))
+        batch = next(staging.Batches(data, config, found, parent_L)(0))
+        (loss,), missed = model.loss(batch)
+        assert missed == 0
+        x, width = model.features(batch)[stage], model.counts[-1] // model.counts[stage + 1]
+        fan, expected = model.counts[stage + 1] // model.counts[stage], 0.0
+        for b, labels in enumerate(labels_of(batch)):
+            below = [int(model.label_to_slot[label]) // width for label in labels]
+            for parent in batch.parents_BK[b].tolist():
+                for child in range(parent * fan, parent * fan + fan) if parent >= 0 else ():
+                    if stage == 2 and model.slot_to_label[child] < 0:
+                        continue
+                    z = model.heads[stage].weight.flatten(0, 1)[child] @ x[b] + model.heads[stage].bias.flatten()[child]
+                    w, y = (below.count(child), 1) if child in below else (1, -1)
+                    expected += w * max(0.0, 1 - y * z.item()) ** 2
+        assert loss.item() == pytest.approx(expected / len(x), rel=1e-4)
+        assert stage == 0 or (batch.parents_BK < 0).any()
+        loss.backward()
+        # Whether there is padding or not makes no difference, and nodes that are nobody's candidates have no gradient.
+        gradient = model.heads[stage].weight.grad.to_dense().clone()
+        here = torch.zeros(model.counts[stage], dtype=torch.bool)
+        here[batch.parents_BK[batch.parents_BK >= 0]] = True
+        assert (gradient[~here] == 0).all() and (gradient[here] != 0).any()
+        more = torch.full((len(x), 4), -1)
+        model.heads.zero_grad()
+        model.loss(batch._replace(parents_BK=torch.cat([batch.parents_BK, more], 1)))[0].sum().backward()
+        torch.testing.assert_close(model.heads[stage].weight.grad.to_dense(), gradient)
+
+
+def test_with_all_clusters_and_without_a_teacher_the_last_level_is_one_vs_all(model):
+    model, data, _ = model
+    batch = data.batch("train", np.arange(5), 32)
+    x, head = model.features(batch)[2], model.heads[2]
+    everything = torch.arange(model.counts[2]).expand(5, -1)
+    z = model.logits(x, everything, 2).flatten(1)
+    dense = x @ head.weight.flatten(0, 1).T + head.bias.flatten()
+    full = model.slot_to_label >= 0
+    torch.testing.assert_close(z[:, full], dense[:, full])
+    assert (z[:, ~full] == -torch.inf).all() and (~full).any()
+
+
+def test_a_full_beam_equals_scoring_every_label(run):
+    data, tree = stages.data.load(run), stages.tree.load(run)
+    model = xr_transformer.build(data, tree, common.cascade_settings(run, run, topk="4,16")).eval()
+    for head in model.heads:  # margins of 1 and more would all score the same
+        torch.nn.init.normal_(head.weight, std=0.1)
+        torch.nn.init.normal_(head.bias, -1, 0.1)
+    batch = data.batch("test", np.arange(6), 32)
+    labels, scores = model.predict(batch, 43)
+    x, total = model.features(batch), torch.zeros(6, 1)
+    for t, head in enumerate(model.heads):
+        z = x[t] @ head.weight.flatten(0, 1).T + head.bias.flatten()
+        total = total.repeat_interleave(z.shape[1] // total.shape[1], 1) - (1 - z).clamp(min=0) ** 3
+    total = total[:, model.slot_to_label >= 0]
+    names = model.slot_to_label[model.slot_to_label >= 0]
+    torch.testing.assert_close(scores, total.sort(descending=True).values)
+    assert torch.equal(labels, names[total.sort(descending=True, stable=True).indices])
+
+
+def test_what_a_stage_finds_for_the_next(model):
+    """match: stage by stage the same nodes as the beam from the root."""
+    model, data, config = model
+    n, above = len(data.splits["train"]), None
+    above = [np.zeros((n, 1), np.int64), np.zeros((n, 1), np.float32)]
+    for t in range(2):
+        model.stage = t
+        above, features = model.match(staging.Batches(data, config, above[0], np.zeros(43, np.int64)), above)
+    rows = np.array([7, 200, 3])
+    batch, nodes, scores = data.batch("train", rows, 32), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1)
+    for t in range(2):
+        nodes, scores = model.down(model.features(batch)[t], nodes, scores, t)
+    np.testing.assert_allclose(above[1][rows], scores.detach().numpy(), rtol=1e-3, atol=1e-4)
+    np.testing.assert_allclose(features[rows], model.features(batch)[1].detach().numpy(), atol=1e-5)
+
+
+def test_fisher_against_the_textbook_and_its_scale():
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 5)) @ rng.normal(size=(5, 5))
+    Y = sp.csr_matrix(np.pad((rng.random((200, 3)) < 0.2) * rng.integers(1, 4, (200, 3)), ((0, 0), (0, 1))))
+    w, b = staging.fisher(x, Y, shrink=0.0)
+    z = x @ w.T + b
+    for m in range(3):
+        own = Y[:, [m]].toarray().ravel() > 0
+        direction = np.linalg.solve(np.cov(x.T, bias=True), x[own].mean(0) - x.mean(0))
+        assert np.corrcoef(w[m], direction)[0, 1] == pytest.approx(1) and w[m] @ direction > 0
+        assert z[own, m].mean() == pytest.approx(1, abs=1e-4) and z[:, m].mean() == pytest.approx(-1, abs=1e-4)
+    assert (w[3] == 0).all() and b[3] == -1
+
+
+def test_warm_starts():
+    above, x, Y = stages.model.Head(1, 4, 3), np.eye(3), sp.csr_matrix(np.ones((3, 8)))
+    torch.nn.init.normal_(above.weight)
+    heads = {}
+    for way in staging.WARM_STARTS:
+        heads[way] = stages.model.Head(4, 2, 3)
+        staging.warm_start(way, above, heads[way], x, Y)
+    for child in range(8):
+        parent, place = divmod(child, 2)
+        assert torch.equal(heads["inherit"].weight[parent, place], above.weight[0, parent])
+        assert heads["inherit"].bias[parent, place] == above.bias[0, parent]
+    assert (heads["none"].weight == 0).all() and (heads["linear"].bias == -1).all()
+
+
+def test_passes_of_the_stages():
+    assert [staging.shares(epochs, 3) for epochs in (3, 5, 13, 26)] == [[1, 1, 1], [1, 2, 2], [3, 4, 6], [6, 8, 12]]
+    assert staging.shares(4, 1) == [4]
+    with pytest.raises(UserError, match="2 epochs give"):
+        staging.shares(2, 3)
+
+
+def svm_objective(w, x, y, c):
+    return w @ w / 2 + c * (np.maximum(0, 1 - y * (x @ w)) ** 2).sum()
+
+
+def svm_problem(seed=0):
+    rng = np.random.default_rng(seed)
+    words, dense = sp.random(120, 40, 0.1, random_state=seed, format="csr", dtype=np.float32), rng.normal(size=(120, 6))
+    dense = np.append(dense / np.linalg.norm(dense, axis=1, keepdims=True), np.ones((120, 1)), 1).astype(np.float32)
+    positive, mask = rng.random((120, 4)) < (0.5, 0.1, 0.01, 0.0), rng.random((120, 4)) < 0.7
+    return words, dense, positive, mask, np.append(words.toarray(), dense, 1).astype(np.float64)
+
+
+def test_the_ranker_is_a_squared_hinge_svm():
+    words, dense, positive, mask, x = svm_problem()
+    W = svm.fit(words, dense, positive, mask, 1.5, rounds=50, inner=60, tolerance=1e-4)
+    for f in range(4):
+        rows, y = mask[:, f], np.where(positive[:, f], 1, -1)[mask[:, f]]
+        best = minimize(svm_objective, np.zeros(47), (x[rows], y, 1.5), "BFGS", options={"gtol": 1e-7})
+        assert svm_objective(W[:, f], x[rows], y, 1.5) <= best.fun * (1 + 1e-4) + 1e-6
+    # As it is used, with a looser tolerance, still near.
+    loose = svm.fit(words, dense, positive, mask, 1.5)
+    for f in range(4):
+        rows, y = mask[:, f], np.where(positive[:, f], 1, -1)[mask[:, f]]
+        assert svm_objective(loose[:, f], x[rows], y, 1.5) <= svm_objective(W[:, f], x[rows], y, 1.5) * 1.02 + 1e-6
+
+
+def test_the_ranker_agrees_with_liblinear():
+    theirs = pytest.importorskip("sklearn.svm", reason="scikit-learn is not installed")
+    words, dense, positive, mask, x = svm_problem(1)
+    W = svm.fit(words, dense, positive, mask, 1.0, rounds=50, inner=60, tolerance=1e-4)
+    for f in range(2):
+        rows = mask[:, f]
+        found = theirs.LinearSVC(C=1.0, fit_intercept=False, tol=1e-6, max_iter=100000).fit(x[rows], positive[rows, f])
+        np.testing.assert_allclose(W[:, f], found.coef_[0], atol=2e-3)
+
+
+def test_every_label_is_ranked_by_its_own_documents_and_shortlists():
+    """train() against an SVM made label by label; rerank() against a loop."""
+    rng = np.random.default_rng(0)
+    words, dense, *_ = svm_problem()
+    tree = stages.tree.Tree(np.array([3, 1, -1, 0, 2, 4], np.int32), [2])
+    Y = sp.csr_matrix(rng.random((120, 5)) < 0.2)
+    split = stages.data.Split(np.zeros(0, np.uint16), np.zeros(121, np.int64), Y.indices, Y.indptr.astype(np.int64))
+    shortlist = np.stack([rng.permutation(5)[:2] for _ in range(120)])
+    shortlist[::7, 1] = -1
+    W, E = ranker.train(words, dense, split, shortlist, tree, 1.0)
+    for label in range(5):
+        rows = Y[:, [label]].toarray().ravel() | (shortlist == label).any(1)
+        positive = Y[:, [label]].toarray()[rows]
+        alone = svm.fit(words[rows], dense[rows], positive, np.ones_like(positive), 1.0)[:, 0]
+        alone[:40] *= np.abs(alone[:40]) >= ranker.DROP
+        found = np.append(W[:, [label]].toarray().ravel(), E[:, label])
+        np.testing.assert_allclose(found, alone, atol=0.05)
+    scores = -np.sort(rng.random((120, 2)), axis=1).astype(np.float32)
+    labels, new = ranker.rerank(words, dense, shortlist, scores, W, E, chunk=50)
+    margin = words @ W.toarray() + dense @ E
+    for i in range(120):
+        expected = {int(label): score - max(0, 1 - margin[i, label]) ** 3
+                    for label, score in zip(shortlist[i], scores[i], strict=True) if label >= 0}
+        assert [label for label in labels[i] if label >= 0] == sorted(expected, key=lambda label: -expected[label])
+        for label, score in zip(labels[i], new[i], strict=True):
+            assert label < 0 or score == pytest.approx(expected[label], rel=1e-4, abs=1e-5)
+
+
+def test_all_systems_side_by_side(run, capsys):
+    compare.run(compare.Config(run=str(run), documents=30))
+    printed = capsys.readouterr().out
+    table = printed[printed.index("%, mean of 1 runs") :].splitlines()
+    for name, (folder, *_) in compare.SYSTEMS.items():
+        rows = [line[44:].split() for line in table if line.startswith(f"{name:44}")]
+        # Metrics and costs; below, minus the cascade, three times three.
+        assert [len(row) for row in rows] == ([11] if name == "cascade" else [11, 9])
+        data = stages.data.load(run / folder)
+        labels = artifacts.load_npz(run / folder / "predictions.npz")[0]["labels"]
+        expected = 100 * stages.train.hits(labels[:, :1], data.splits["test"])[np.diff(
+            data.splits["test"].label_offsets) > 0].mean()
+        assert float(rows[0][0]) == pytest.approx(expected, abs=0.01)
+        assert expected > 10  # chance is 2
+    made = {path: path.stat().st_mtime_ns for path in run.rglob("*.npz")}
+    compare.run(compare.Config(run=f"{run},{run}", documents=30))
+    printed = capsys.readouterr().out
+    assert made == {path: path.stat().st_mtime_ns for path in run.rglob("*.npz")}  # nothing was trained again
+    assert printed.count("+-") == 1 + len(compare.SYSTEMS)
+
+
+def test_what_cannot_be_is_refused(run, tmp_path):
+    for module, flags, message in ((xr_transformer, {"warm": "hot"}, "--warm hot"),
+                                   (ranker, {"features": "none"}, "--features none")):
+        with pytest.raises(UserError, match=message):
+            module.run(module.Config(run=str(run), **flags))
+    for name in ("data.npz", "tree.npz"):
+        shutil.copy(run / name, tmp_path / name)
+    for module in (one_vs_all, light_xml, xr_transformer, ranker):
+        with pytest.raises(UserError, match="model.pt does not exist; run: python 04_train.py"):
+            module.run(module.Config(run=str(tmp_path)))
+    with pytest.raises(UserError, match="predictions.npz does not exist; run: python 05_eval.py"):
+        compare.run(compare.Config(run=str(tmp_path)))
+    assert {field.name for field in dataclasses.fields(compare.Config)} == {"run", "documents", "seed"}
