@@ -61,13 +61,21 @@ def look(model, data: stages.data.Data, split: str, settings: stages.train.Confi
     """(TF-IDF (N, V), features and a 1 (N, D), labels (N, k), their log scores (N, k), idf (V,)) of a split, in one
     pass of the model; what --features leaves out has no entries."""
 
+    features, seen = model.features, {}
+
+    def remember(*batch_and_encoder) -> list[torch.Tensor]:
+        seen["x"] = features(*batch_and_encoder)
+        return seen["x"]
+
     @torch.no_grad()
     def predict(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
         labels, scores = model.predict(batch, k, ranking)
-        found = {"labels": labels, "scores": scores, "x": model.features(batch)[-1]}
+        found = {"labels": labels, "scores": scores, "x": seen["x"][-1]}
         return {key: tensor.cpu().numpy() for key, tensor in found.items()}
 
+    model.features = remember  # what predict reads: the encoder need not be run once more
     found = artifacts.over_split(model, data, split, settings.max_len, 2 * settings.batch_size, predict, config.k)
+    model.features = features
     X_NV, idf_V = stages.tree.tfidf(data.splits[split], idf_V, data.meta["vocab_size"])
     x_ND = found["x"] / np.linalg.norm(found["x"], axis=1, keepdims=True).clip(1e-12)
     X_NV = csr_matrix(X_NV.shape, dtype=X_NV.dtype) if config.features == "dense" else X_NV
