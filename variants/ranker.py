@@ -50,8 +50,8 @@ class Config(common.Config):
 
 def load_model(folder: str) -> tuple:
     """(model, its settings, its ranking), of stage 4 or of XR-Transformer, ready to predict."""
-    data = stages.data.load(folder)
-    build = xr_transformer.build if Path(folder).name.startswith(xr_transformer.NAME) else stages.model.build
+    data, made_by = stages.data.load(folder), artifacts.load_pt(Path(folder) / "model.pt")[1]["stage"]
+    build = xr_transformer.build if xr_transformer.NAME in made_by else stages.model.build
     model, *rest = stages.train.load(folder, data, build)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), *rest
 
