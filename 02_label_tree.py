@@ -28,7 +28,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from scipy.sparse import csc_matrix, csr_matrix, diags_array, vstack
+from scipy.sparse import csr_matrix, diags_array, vstack
 from torch import Tensor
 from tqdm import tqdm
 
@@ -120,50 +120,47 @@ def halve(bounds: np.ndarray) -> np.ndarray:
     return np.append(np.stack([bounds[:-1], middle], axis=1).ravel(), bounds[-1])
 
 
-def split_level(Z: csr_matrix, order: np.ndarray, bounds: np.ndarray, iterations: int,
-                rng: np.random.Generator) -> np.ndarray:
-    """Split every node of a level in two by balanced spherical 2-means, all nodes at once; the new order.
+def own_columns(Z: csr_matrix, rows: np.ndarray, node_L: np.ndarray) -> csr_matrix:
+    """The given rows of Z, now of nodes node_L: columns that were (parent, feature) pairs become (node, feature) pairs.
 
-    Z (L, V) rows; order (L,) rows in tree order; node m holds order[bounds[m]:bounds[m+1]].
-
-    With its columns indexed by (node, feature) pairs, Z becomes a block matrix: a sum over the rows of each node is
-    then one product, and so are the scores of all rows against their own node's centroids. In CSC, entries of a column
-    are sorted by row, rows are in tree order, so a column's entries already stand together by node: making the pairs
-    needs nothing but a new index pointer.
+    So Z is a block matrix, and a level's nodes can be treated all at once: Z.T @ x sums the rows of each node, and Z
+    times those sums takes every row's products with its own node's. Only pairs that occur get a column. Those of a node
+    stand side by side, as do its rows: what a product reads and writes is near, and that is where the speed comes from.
     """
-    sizes = np.diff(bounds)
-    node_L = np.repeat(np.arange(len(sizes), dtype=np.int32), sizes)
-    columns = Z[order].tocsc()
-    columns.sort_indices()
-    entry_node = node_L[columns.indices]
-    starts = np.zeros(columns.nnz, bool)
-    starts[columns.indptr[:-1][np.diff(columns.indptr) > 0]] = True
-    starts[1:] |= entry_node[1:] != entry_node[:-1]
-    first = np.flatnonzero(starts)
-    del entry_node, starts
-    blocks = csc_matrix((columns.data, columns.indices, np.append(first, columns.nnz)), shape=(len(order), len(first)))
-    sums = csr_matrix(blocks.T)
+    Z = Z[rows]
+    Z.indices += np.repeat(node_L % 2 * Z.shape[1], np.diff(Z.indptr))  # the right halves' columns after all the others
+    used = np.zeros(2 * Z.shape[1], bool)
+    used[Z.indices] = True
+    new = np.cumsum(used, dtype=Z.indices.dtype) - 1
+    return csr_matrix((Z.data, new[Z.indices], Z.indptr), shape=(len(rows), used.sum()))
 
+
+def split_level(Z: csr_matrix, node_L: np.ndarray, bounds: np.ndarray, iterations: int,
+                rng: np.random.Generator) -> np.ndarray:
+    """Split every node of a level in two by balanced spherical 2-means, all nodes at once; the new order of the rows.
+
+    Z (L, columns) as own_columns makes it: node m holds the rows bounds[m]:bounds[m+1], of which node_L is m.
+    """
     # First centroids: two random rows of the node. The better half by the difference of the cosines goes left.
-    position = np.lexsort((rng.random(len(order)), node_L))
-    sign = np.zeros(len(order), Z.dtype)
+    position = np.argsort(node_L + rng.random(len(node_L)))
+    sign = np.zeros(len(node_L), Z.dtype)
     sign[position[np.minimum(bounds[:-1] + 1, bounds[1:] - 1)]] = -1
     sign[position[bounds[:-1]]] = 1
-    gap_L, to_all_L = blocks @ (sums @ sign), blocks @ (sums @ np.ones(len(order), Z.dtype))
-    half_L, left = np.repeat(halve(bounds)[1::2], sizes), None
+    gap_L, to_all_L = Z @ (Z.T @ sign), Z @ (Z.T @ np.ones_like(sign))
+    half_L, left = halve(bounds)[1::2][node_L], None
     for _ in range(iterations):
         position = np.argsort(node_L * (1 + 2 * np.abs(gap_L).max()) - gap_L)  # by node, then by falling gap
-        before, left = left, np.zeros(len(order), bool)
-        left[position] = np.arange(len(order)) < half_L
+        before, left = left, np.zeros(len(node_L), bool)
+        left[position] = np.arange(len(node_L)) < half_L
         # Deep down most nodes are done after a few rounds, and a round costs the same for all.
-        if before is not None and np.count_nonzero(left != before) <= TOLERANCE * len(order):
+        if before is not None and np.count_nonzero(left != before) <= TOLERANCE * len(node_L):
             break
         # Products of the rows with the sums of their node's left and right half; a sum's square is that of its rows.
-        gap_L, to_left_L = np.zeros(len(order)), blocks @ (sums @ left.astype(Z.dtype))
+        gap_L, to_left_L = np.zeros(len(node_L)), Z @ (Z.T @ left.astype(Z.dtype))
         for side, to_side_L, sign in ((left, to_left_L, 1), (~left, to_all_L - to_left_L, -1)):
-            square_M = np.bincount(node_L[side], to_side_L[side], minlength=len(sizes))
+            square_M = np.bincount(node_L, side * to_side_L)
             gap_L += sign * to_side_L / np.sqrt(np.maximum(square_M, 1e-12))[node_L]
-    return order[position]
+    return position
 
 
 def balanced_kmeans(Z: csr_matrix, depth: int, iterations: int = 20, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
@@ -173,9 +170,12 @@ def balanced_kmeans(Z: csr_matrix, depth: int, iterations: int = 20, seed: int =
     """
     rng = np.random.default_rng(seed)
     order, bounds = rng.permutation(Z.shape[0]), np.array([0, Z.shape[0]])
+    position = order
     for _ in tqdm(range(depth), desc="2-means", unit=" levels", disable=None):
-        order = split_level(Z, order, bounds, iterations, rng)
-        bounds = halve(bounds)
+        node_L = np.repeat(np.arange(len(bounds) - 1, dtype=np.int32), np.diff(bounds))
+        Z = own_columns(Z, position, node_L)
+        position = split_level(Z, node_L, bounds, iterations, rng)
+        order, bounds = order[position], halve(bounds)
     return order, bounds
 
 

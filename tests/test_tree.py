@@ -49,6 +49,25 @@ def test_all_nodes_at_once_equal_the_naive_recursion(n, depth, seed):
     assert [sorted(order[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)] == [sorted(node) for node in nodes]
 
 
+def test_columns_of_its_own_for_every_node():
+    """Rows keep their products within a node, have none across nodes, and no column is without an entry."""
+    Z = columns = random_rows(40, 12, 5)
+    rng = np.random.default_rng(0)
+    rows = order = rng.permutation(40)
+    for node in (np.zeros(40, int), np.arange(40) // 20, np.arange(40) // 10, np.arange(40) // 5):
+        columns = tree.own_columns(columns, rows, node)
+        inside = node[:, None] == node
+        np.testing.assert_allclose((columns @ columns.T).toarray(), (Z[order] @ Z[order].T).toarray() * inside)
+        assert (np.bincount(columns.indices, minlength=columns.shape[1]) > 0).all()
+        rows = np.argsort(node + rng.random(40))  # any order within the nodes
+        order = order[rows]
+
+
+def test_rows_without_features_have_a_place_too():
+    order, bounds = tree.balanced_kmeans(sp.csr_matrix((11, 7), dtype=np.float32), 3)
+    assert sorted(order) == list(range(11)) and np.diff(bounds).tolist() == [2, 1, 2, 1, 2, 1, 1, 1]
+
+
 @settings(max_examples=25, deadline=None)
 @given(n=st.integers(1, 200), depth=st.integers(0, 5), seed=st.integers(0, 99))
 def test_tree_is_a_permutation_with_sizes_within_one(n, depth, seed):
