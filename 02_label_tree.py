@@ -124,15 +124,16 @@ def own_columns(Z: csr_matrix, rows: np.ndarray, node_L: np.ndarray) -> csr_matr
     """The given rows of Z, now of nodes node_L: columns that were (parent, feature) pairs become (node, feature) pairs.
 
     So Z is a block matrix, and a level's nodes can be treated all at once: Z.T @ x sums the rows of each node, and Z
-    times those sums takes every row's products with its own node's. Only pairs that occur get a column. Those of a node
-    stand side by side, as do its rows: what a product reads and writes is near, and that is where the speed comes from.
+    times those sums takes every row's products with its own node's. The columns of a node stand side by side, as do its
+    rows: what a product reads and writes is near, and that is where the speed comes from.
     """
-    Z = Z[rows]
-    Z.indices += np.repeat(node_L % 2 * Z.shape[1], np.diff(Z.indptr))  # the right halves' columns after all the others
-    used = np.zeros(2 * Z.shape[1], bool)
-    used[Z.indices] = True
-    new = np.cumsum(used, dtype=Z.indices.dtype) - 1
-    return csr_matrix((Z.data, new[Z.indices], Z.indptr), shape=(len(rows), used.sum()))
+    Z, width = Z[rows], 2 * Z.shape[1]
+    Z.indices += np.repeat(node_L % 2 * (width // 2), np.diff(Z.indptr))  # the right halves' after all the others
+    if width > Z.nnz / 4:  # now many of the columns are empty: only the others stay
+        used = np.zeros(width, bool)
+        used[Z.indices] = True
+        Z.indices, width = (np.cumsum(used, dtype=Z.indices.dtype) - 1)[Z.indices], used.sum()
+    return csr_matrix((Z.data, Z.indices, Z.indptr), shape=(len(rows), width))
 
 
 def split_level(Z: csr_matrix, node_L: np.ndarray, bounds: np.ndarray, iterations: int,
@@ -147,16 +148,18 @@ def split_level(Z: csr_matrix, node_L: np.ndarray, bounds: np.ndarray, iteration
     sign[position[np.minimum(bounds[:-1] + 1, bounds[1:] - 1)]] = -1
     sign[position[bounds[:-1]]] = 1
     gap_L, to_all_L = Z @ (Z.T @ sign), Z @ (Z.T @ np.ones_like(sign))
-    half_L, left = halve(bounds)[1::2][node_L], None
+    half_L, left, sums = halve(bounds)[1::2][node_L], np.zeros(len(node_L), bool), np.zeros(Z.shape[1], Z.dtype)
     for _ in range(iterations):
         position = np.argsort(node_L * (1 + 2 * np.abs(gap_L).max()) - gap_L)  # by node, then by falling gap
         before, left = left, np.zeros(len(node_L), bool)
         left[position] = np.arange(len(node_L)) < half_L
+        changed = np.flatnonzero(left != before)
         # Deep down most nodes are done after a few rounds, and a round costs the same for all.
-        if before is not None and np.count_nonzero(left != before) <= TOLERANCE * len(node_L):
+        if len(changed) <= TOLERANCE * len(node_L):
             break
+        sums += Z[changed].T @ np.where(left[changed], 1, -1).astype(Z.dtype)  # of the left halves
         # Products of the rows with the sums of their node's left and right half; a sum's square is that of its rows.
-        gap_L, to_left_L = np.zeros(len(node_L)), Z @ (Z.T @ left.astype(Z.dtype))
+        gap_L, to_left_L = np.zeros(len(node_L)), Z @ sums
         for side, to_side_L, sign in ((left, to_left_L, 1), (~left, to_all_L - to_left_L, -1)):
             square_M = np.bincount(node_L, side * to_side_L)
             gap_L += sign * to_side_L / np.sqrt(np.maximum(square_M, 1e-12))[node_L]
