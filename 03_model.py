@@ -32,6 +32,7 @@ data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
 
 RECIPES = {"tiny": {"max_len": 64, "pooling": "mean"}, "pretrained": {"max_len": 128, "pooling": "first"}}
+CHUNK = {"cpu": 2**17, "cuda": 2**25}  # label weights that are worked on at a time: on a CPU, what its caches hold
 RANKINGS = ("parent", "path", "label")  # p(label) p(its cluster); the product down the whole path; p(label)
 
 
@@ -58,9 +59,7 @@ class Level(NamedTuple):
 
 def shortlist(logits_BKF: Tensor, targets_BKF: Tensor | None, k: int) -> Tensor:
     """Places (B, k) of the k best candidates among the K * F, ranked by sigmoid(logit) + [is positive]."""
-    score = logits_BKF.detach()
-    if targets_BKF is not None:
-        score = score.sigmoid() + targets_BKF
+    score = logits_BKF.detach() if targets_BKF is None else logits_BKF.detach().sigmoid() + targets_BKF
     return score.flatten(1).topk(k, dim=1, sorted=False).indices
 
 
@@ -80,9 +79,8 @@ def best_k(labels_BK: Tensor, scores_BK: Tensor, k: int) -> tuple[Tensor, Tensor
 
 
 class Head(nn.Module):
-    """A linear classifier per node, stored cluster by cluster: the children of one node are one contiguous block.
-    `sparse`, for labels: only the clusters of a batch's shortlists are read, each once, and gradients are sparse, with
-    whole clusters as values. Cluster levels are small: all nodes are scored."""
+    """A linear classifier per node; the children of one node are one contiguous block. Cluster levels are small: all
+    nodes are scored. `sparse`, for labels: a batch reads the clusters of its shortlists; their gradients are sparse."""
 
     def __init__(self, n_clusters: int, fan: int, width: int, sparse: bool = False) -> None:
         super().__init__()
@@ -105,23 +103,25 @@ def product(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor) -> Tensor:
 
 
 class ShortlistProduct(torch.autograd.Function):
-    """The U clusters that any document of the batch keeps, put together in (U, F, D), are a small dense layer: one
-    product forward, two backward. Autograd's way is a gather of (B, K, F, D) weights, and gradients of that size."""
+    """The U clusters that any document of the batch keeps are together a small dense layer (U, F, D): one product
+    forward, two backward. Autograd's way is a gather of (B, K, F, D) weights, and gradients of that size."""
 
     @staticmethod
     def forward(ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor) -> Tensor:
         clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not (x_BD.is_cuda and ctx.needs_input_grad[0]))
         index_BKF = place_BK[..., None].expand(-1, -1, weight.shape[1])
         ctx.save_for_backward(x_BD, weight, clusters_U, index_BKF)
-        part = [table.index_select(0, clusters_U) for table in (weight, bias)]  # faster than weight[clusters_U]
-        return product(x_BD, *part).gather(1, index_BKF)
+        ctx.n = max(1, CHUNK[x_BD.device.type] // weight[0].numel())
+        parts = [product(x_BD, weight.index_select(0, u), bias.index_select(0, u)) for u in clusters_U.split(ctx.n)]
+        return torch.cat(parts, dim=1).gather(1, index_BKF)
 
     @staticmethod
     def backward(ctx, dz_BKF: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, weight, clusters_U, index_BKF = ctx.saved_tensors
         dz_BUF = dz_BKF.new_zeros(len(x_BD), len(clusters_U), weight.shape[1]).scatter_add_(1, index_BKF, dz_BKF)
         dz_BR = dz_BUF.flatten(1).to(weight.dtype)  # R = U * F
-        dx_BD = (dz_BR @ weight.index_select(0, clusters_U).flatten(0, 1)).to(x_BD.dtype)
+        parts = zip(dz_BR.split(ctx.n * weight.shape[1], 1), clusters_U.split(ctx.n), strict=True)
+        dx_BD = sum((dz @ weight.index_select(0, u).flatten(0, 1)).to(x_BD.dtype) for dz, u in parts)
         dw_UFD = (dz_BR.T @ x_BD.to(weight.dtype)).view(len(clusters_U), *weight.shape[1:])
         dw, db = (torch.sparse_coo_tensor(clusters_U[None], values, (len(weight), *values.shape[1:]),
                                           check_invariants=False) for values in (dw_UFD, dz_BUF.sum(0)))

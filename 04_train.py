@@ -35,7 +35,6 @@ RECIPES = {
 }
 POOL = 50  # batches whose documents are sorted by length together
 CLIP = 10.0  # largest norm of the gradient; RowAdam takes care of its rows by itself
-CHUNK = {"cpu": 2**20, "cuda": 2**25}  # weights that RowAdam updates at a time: on a CPU, what its caches hold
 INTERVALS = 50  # progress lines in a run, about
 
 
@@ -82,28 +81,29 @@ class RowAdam(torch.optim.Optimizer):
                 if not self.state[weight]:  # of a bias (C, F) the rows have a single feature
                     shapes = {"rows": (*weight.shape[:2], 2), "features": weight.shape[2:] or 1}
                     self.state[weight] = {name: torch.zeros(n, device=weight.device) for name, n in shapes.items()}
-                n = max(1, CHUNK[weight.device.type] // weight[0].numel())
-                parts = list(zip(grad._indices()[0].split(n), grad._values().split(n), strict=True))
-                features_D = self.state[weight]["features"].mul_(self.beta)
-                for _, g in parts:
-                    features_D.add_(g.float().view(-1, len(features_D)).square().sum(0), alpha=1 - self.beta)
-                scale_D = ((features_D.mean() + 1e-30) / (features_D + 1e-30)).sqrt()
-                for clusters_U, g in parts:
-                    self.update(weight, clusters_U, g.float(), scale_D, group["lr"], group["weight_decay"])
+                self.update(weight, grad._indices()[0], grad._values(), group["lr"], group["weight_decay"])
 
-    def update(self, weight: Tensor, clusters_U: Tensor, g: Tensor, scale_D: Tensor, lr: float, decay: float) -> None:
-        """One step for some clusters with gradients g (U, F, D), for a bias (U, F)."""
-        g_UFD, rows = g.view(*g.shape[:2], -1), self.state[weight]["rows"]
-        square_UF = torch.linalg.vector_norm(g_UFD, dim=2).square() / g_UFD.shape[2]
-        here_UF1 = (square_UF > 0).float()[..., None]
-        now_UF2 = torch.cat([square_UF[..., None], here_UF1], dim=2)
+    def update(self, weight: Tensor, clusters_U: Tensor, g_UFD: Tensor, lr: float, decay: float) -> None:
+        """One step for some clusters with gradients g, for a bias (U, F): first the moments, then the weights."""
+        n, rows = max(1, model_stage.CHUNK[g_UFD.device.type] // weight[0].numel()), self.state[weight]["rows"]
+        g_UFD, features_D, squares = g_UFD.view(*g_UFD.shape[:2], -1), self.state[weight]["features"], []
+        features_D.mul_(self.beta)
+        for g in g_UFD.split(n):
+            square = g.float().square()
+            features_D.add_(square.sum((0, 1)), alpha=1 - self.beta)
+            squares.append(square.mean(2, keepdim=True))
+        scale_D = ((features_D.mean() + 1e-30) / (features_D + 1e-30)).sqrt()
+        here_UF1 = (torch.cat(squares) > 0).float()
+        now_UF2 = torch.cat([torch.cat(squares), here_UF1], dim=2)
         rows_UF2 = rows.index_select(0, clusters_U).lerp_(now_UF2, (1 - self.beta) * here_UF1)
         rows.index_copy_(0, clusters_U, rows_UF2)
         square_UF1, history_UF1 = rows_UF2.split(1, dim=2)
         rate_UF1 = lr * here_UF1 / ((square_UF1 / history_UF1.clamp(min=1e-12)).sqrt() + 1e-12)
-        w = weight.index_select(0, clusters_U).float()
-        w.view_as(g_UFD).mul_(1 - lr * decay * here_UF1).addcmul_(g_UFD * scale_D, rate_UF1, value=-1)
-        weight.index_copy_(0, clusters_U, round_stochastically(w) if weight.dtype == torch.bfloat16 else w)
+        parts = (x.split(n) for x in (clusters_U, g_UFD, 1 - lr * decay * here_UF1, rate_UF1))
+        for clusters, g, keep, rates in zip(*parts, strict=True):
+            w = weight.index_select(0, clusters).float()
+            w.view_as(g).mul_(keep).addcmul_(g * scale_D, rates, value=-1)
+            weight.index_copy_(0, clusters, round_stochastically(w) if weight.dtype == torch.bfloat16 else w)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)  # which turns everything to the type of the weights

@@ -96,6 +96,7 @@ def test_the_touched_clusters(wait, n_clusters, k, seed):
 def test_a_sparse_head_equals_a_dense_one(wait, monkeypatch):
     touched = model_stage.touched
     monkeypatch.setattr(model_stage, "touched", lambda clusters, n, **_: touched(clusters, n, wait))
+    monkeypatch.setattr(model_stage, "CHUNK", {"cpu": 2 * 3 * 16})  # two clusters at a time
     dense, sparse = model_stage.Head(30, 3, 16).double(), model_stage.Head(30, 3, 16, sparse=True).double()
     torch.nn.init.normal_(dense.weight)
     sparse.load_state_dict(dense.state_dict())

@@ -47,7 +47,7 @@ def sparse_gradient(shape, clusters, seed):
 
 @pytest.mark.parametrize(("shape", "decay"), [((9, 3, 5), 0.1), ((9, 3), 0.0)])
 def test_row_adam_equals_a_loop_over_rows(monkeypatch, shape, decay):
-    monkeypatch.setattr(train, "CHUNK", {"cpu": 2 * int(np.prod(shape[1:]))})
+    monkeypatch.setattr(stages.model, "CHUNK", {"cpu": 2 * int(np.prod(shape[1:]))})
     lr, beta = 0.1, 0.9
     start = torch.randn(shape, generator=torch.Generator().manual_seed(9))
     weight = torch.nn.Parameter(start.clone())
