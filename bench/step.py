@@ -5,10 +5,11 @@
 
 Weights, texts and labels are random, lengths are not. Shortlists are drawn at random, so that a batch touches as many
 clusters as it can, the most expensive case; beside the usual way also left alike, the cheapest. Every ratio is of
-medians over steps taken in turn in this process.
+medians over steps taken in turn in this process. "Usual way" is what the class of that name says.
 """
 
 import argparse
+import ctypes
 import gc
 from functools import partial
 from itertools import count
@@ -16,6 +17,7 @@ from itertools import count
 import numpy as np
 import torch
 from common import Report, peak_bytes, random_data, random_model, spread_shortlists, stages
+from torch.nn.utils.rnn import pad_sequence
 
 from artifacts import in_turn, set_arithmetic
 
@@ -32,10 +34,10 @@ SHAPE = {"cpu": {"depth": 2, "width": 128, "batch": 32, "tokens": 128},
 REPEAT = {"cpu": 1, "cuda": 5}  # steps between two looks at the clock: a GPU is kept busy
 
 
-def optimizers_of(model, dense: bool = False) -> list[torch.optim.Optimizer]:
-    """As fit() makes them; `dense`: AdamW for everything."""
+def optimizers_of(model) -> list[torch.optim.Optimizer]:
+    """As fit() makes them."""
     groups = model.param_groups(1e-3, 1e-4)
-    rows = [] if dense else [group for group in groups if group["rows"]]
+    rows = [group for group in groups if group["rows"]]
     adam = torch.optim.AdamW([group for group in groups if group not in rows], fused=True)
     return [adam, *([stages.train.RowAdam(rows, accumulated=False)] if rows else [])]
 
@@ -64,24 +66,68 @@ def often(run, device: str):
     return lambda: [run() for _ in range(REPEAT[device])]
 
 
-def gathered(head, x_BD, clusters_BK):
-    """The logits of a Head by a gather of (B, K, F, D) weights: what automatic differentiation makes of embeddings."""
-    return torch.einsum("bd,bkfd->bkf", x_BD, head.weight[clusters_BK]) + head.bias[clusters_BK]
+class Usual(torch.nn.Module):
+    """The cascade in the way of the authors' code (github.com/xmc-aalto/cascadexml, src/CascadeXML.py and Runner.py),
+    around the same encoder. Every level, the first one, too, is an embedding, gathered candidate by candidate for each
+    document; loops over the documents take out the empty places of clusters and match the labels; shorter shortlists
+    are padded, and the padding counts in the loss; a step waits for its loss and for its own P@5, counted document by
+    document; the gradient is not clipped, and AdamW goes over all weights, one operation after the other: theirs is
+    that of old releases of transformers, which torch's is with foreach=False. (For Amazon-3M they advise SparseAdam.)
+    Spared: what their data loader does in processes of its own, their loss scaling, scores for prediction alone."""
+
+    def __init__(self, model, n_labels: int) -> None:
+        super().__init__()
+        self.base, slots = model, model.slot_to_label
+        counts, width = [*model.counts[1:-1], n_labels], model.heads[0].weight.shape[2]
+        nodes = [*(torch.arange(n, device=slots.device) for n in counts[1:-1]), slots.where(slots >= 0, n_labels)]
+        self.below = [below.view(n, -1) for n, below in zip(counts, nodes, strict=False)]
+        self.weights, self.biases = (torch.nn.ModuleList(torch.nn.Embedding(n, d) for n in (*counts[:-1], n_labels + 1))
+                                     for d in (width, 1))
+        del model.heads[1:]  # the first one says what type features have
+        self.to(slots.device)
+        for table in self.weights:
+            torch.nn.init.normal_(table.weight, std=0.02)
+
+    def positives(self, batch) -> list[list]:
+        """The positive nodes of each document at each level: their data loader gives them with the batch."""
+        slot_P = self.base.label_to_slot[batch.label_P]
+        node_P = [slot_P // (self.base.counts[-1] // n) for n in self.base.counts[1:-1]] + [batch.label_P]
+        return [[nodes[batch.doc_P == b].unique() for b in range(len(batch.ids_BT))] for nodes in node_P]
+
+    def forward(self, batch, positives) -> tuple:
+        """(loss, probabilities (B, K) per level, candidates (B, K) per level)."""
+        loss, logits_BK, targets_BK, probabilities, candidates = 0.0, None, None, [], []
+        nodes_BK = torch.arange(len(self.weights[0].weight), device=batch.ids_BT.device).expand(len(batch.ids_BT), -1)
+        for t, x_BD in enumerate(self.base.features(batch)):
+            if t > 0:
+                places = stages.model.shortlist(logits_BK[..., None], targets_BK[..., None], self.base.topk[t - 1])
+                nodes_BK = self.below[t - 1][nodes_BK.gather(1, places)].flatten(1)
+            rows, empty = list(nodes_BK), len(self.weights[t].weight) - 1
+            if t == len(self.below):
+                rows = [row[row != empty] for row in rows]
+                nodes_BK = pad_sequence(rows, True, empty)
+            targets = [(row[:, None] == nodes).any(1).float() for row, nodes in zip(rows, positives[t], strict=True)]
+            targets_BK = pad_sequence(targets, True)
+            logits_BK = torch.bmm(self.weights[t](nodes_BK), self.base.dropout[t](x_BD)[..., None]).squeeze(2)
+            logits_BK = logits_BK + self.biases[t](nodes_BK).squeeze(2)
+            loss = loss + torch.nn.functional.binary_cross_entropy_with_logits(logits_BK, targets_BK)
+            probabilities.append(logits_BK.detach().sigmoid())
+            candidates.append(nodes_BK)
+        return loss, probabilities, candidates
 
 
-def match_by_loop(node_P, doc_P, parents_BK, fan):
-    """Targets document by document, all candidates against all its positive nodes, as the authors' code does."""
-    candidates = stages.tree.expand(parents_BK, fan)
-    targets = [(candidates[b][:, None] == node_P[doc_P == b]).any(1).float() for b in range(len(parents_BK))]
-    return torch.stack(targets).view(*parents_BK.shape, fan)
-
-
-def usual_step(model, optimizers, batch, amp: str) -> None:
-    """The step in the way of the authors' code: every level gathered, labels matched in a loop, dense AdamW."""
-    match, forward = stages.tree.match, stages.model.Head.forward
-    stages.tree.match, stages.model.Head.forward = match_by_loop, gathered
-    step(model, optimizers, lambda: batch, amp)
-    stages.tree.match, stages.model.Head.forward = match, forward
+def usual_step(model: Usual, optimizer, batch, positives, amp: str) -> None:
+    model.base.amp = amp
+    dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+    with torch.autocast(batch.ids_BT.device.type, dtype, enabled=dtype is not None):
+        loss, probabilities, candidates = model(batch, positives)
+    loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+    loss.item()
+    for p_BK, nodes_BK, positive in zip(probabilities, candidates, positives, strict=True):
+        best_B5 = nodes_BK.gather(1, p_BK.topk(5).indices).cpu()
+        sum((found[:, None] == nodes.cpu()).any(1).cumsum(0) for found, nodes in zip(best_B5, positive, strict=True))
 
 
 def label_level_step(head, optimizer, x_BD, clusters_BK) -> None:
@@ -102,14 +148,25 @@ def label_level_pass(n_labels: int, shape: argparse.Namespace, device: str):
     return partial(label_level_step, head, optimizer, x_BD, clusters_BK.to(device))
 
 
+def label_level(shape, args, row) -> None:
+    """A row for the number of labels, all else being equal. The last one, as it changes how this process allocates:
+    big blocks are kept, where giving them back to the system now and then would hit the one or the other."""
+    if args.device == "cpu" and hasattr(libc := ctypes.CDLL(None), "mallopt"):
+        libc.mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        libc.mallopt(-4, 0)  # M_MMAP_MAX
+    few, many = (65536, 131072) if args.toy else (131072, 3145728)
+    seconds = in_turn({n: label_level_pass(n, shape, args.device) for n in (few, many)}, 3 * args.rounds)
+    row(f"label level, {many:,} labels / {few:,}, same shortlists", seconds[many] / seconds[few], "<= 1.10")
+
+
 def batch_of(data, batches, rows: np.ndarray, device: str):
     return data.batch("train", rows, int(batches.max_len)).to(device)
 
 
-def typical_rows(batches) -> np.ndarray:
-    """Documents of the batch whose length is the median."""
-    rows_of = batches.rows(0)
-    return rows_of[int(np.argsort([batches.length_N[rows].max() for rows in rows_of])[len(rows_of) // 2])]
+def of_all_lengths(batches, n: int) -> list[np.ndarray]:
+    """Documents of n batches, from short to long; of one: that of median length."""
+    rows_of = sorted(batches.rows(0), key=lambda rows: batches.length_N[rows].max())
+    return [rows_of[(2 * i + 1) * len(rows_of) // (2 * n)] for i in range(n)]
 
 
 def endless(batches):
@@ -121,7 +178,7 @@ def measure(n_labels: int, levels: list[int], topk: list[int], shape, args, row)
     """Rows for a model of that many labels."""
     data, name = random_data(20000, n_labels), f"{n_labels:,} labels"
     batches = stages.train.Batches(data, shape.batch, shape.tokens, 0)
-    typical, stream = typical_rows(batches), endless(batches)
+    (typical,), stream = of_all_lengths(batches, 1), endless(batches)
     fixed = batch_of(data, batches, typical, args.device)
     before = peak_bytes(lambda: None, args.device)
     model = random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
@@ -158,26 +215,26 @@ def padding(shape, row) -> None:
 
 
 def against_usual(n_labels: int, levels: list[int], topk: list[int], shape, args, row) -> None:
-    """Rows for the usual way: gathers, loops, dense AdamW, and documents as they come, padded to the maximum."""
+    """Rows for the usual way, with documents as they come, padded to the maximum; ours with batches of all lengths."""
     data = random_data(20000, n_labels)
     batches = stages.train.Batches(data, shape.batch, shape.tokens, 0)
-    ours, usual = (random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
-                   for _ in range(2))
-    for head in usual.heads:
-        head.sparse = False
+    ours, base = (random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, args.device)
+                  for _ in range(2))
+    optimizers, usual = optimizers_of(ours), Usual(base, n_labels)
+    adam = torch.optim.AdamW(usual.parameters(), foreach=False)
     plain = data.batch("train", np.random.default_rng(0).permutation(20000)[: shape.batch], shape.tokens)
     ids, mask = (torch.nn.functional.pad(x, (0, shape.tokens - x.shape[1])) for x in plain[:2])
-    plain, stream = plain._replace(ids_BT=ids, mask_BT=mask).to(args.device), endless(batches)
-    ours_optimizers, usual_optimizers = optimizers_of(ours), optimizers_of(usual, dense=True)
+    plain, rows_of = plain._replace(ids_BT=ids, mask_BT=mask).to(args.device), of_all_lengths(batches, 5)
+    one_usual = partial(usual_step, usual, adam, plain, usual.positives(plain), args.amp)
     for spread, name in ((True, "at random"), (False, "alike")):
         spread_shortlists(spread)
         seconds = in_turn({
-            "usual": often(lambda: usual_step(usual, usual_optimizers, plain, args.amp), args.device),
-            "ours": often(lambda: step(ours, ours_optimizers, lambda: next(stream).to(args.device), args.amp),
-                          args.device),
-        }, args.rounds)
-        row(f"{n_labels:,} labels: usual way / ours, shortlists {name}", seconds["usual"] / seconds["ours"],
-            ">= 4 on a CPU, >= 5 on a GPU")
+            "usual": often(one_usual, args.device),
+            "ours": lambda: [step(ours, optimizers, partial(batch_of, data, batches, rows, args.device), args.amp)
+                             for rows in rows_of],
+        }, max(1, args.rounds // 3))
+        row(f"{n_labels:,} labels: usual way / ours, shortlists {name}",
+            seconds["usual"] / REPEAT[args.device] / (seconds["ours"] / len(rows_of)), ">= 4 on a CPU, >= 5 on a GPU")
     spread_shortlists()
 
 
@@ -197,16 +254,13 @@ def main() -> None:
     sizes = SIZES["toy" if args.toy else args.device]
     row = Report(args).row
     if not args.compile:
-        few, many = (65536, 131072) if args.toy else (131072, 3145728)
-        passes = {n: label_level_pass(n, shape, args.device) for n in (few, many)}
-        seconds = in_turn(passes, 3 * args.rounds)
-        row(f"label level, {many:,} labels / {few:,}, same shortlists", seconds[many] / seconds[few], "<= 1.10")
-        del passes
         padding(shape, row)
         for n_labels in sizes:
             against_usual(n_labels, *sizes[n_labels], shape, args, row)
     for n_labels in list(sizes)[1:2] if args.compile else sizes:
         measure(n_labels, *sizes[n_labels], shape, args, row)
+    if not args.compile:
+        label_level(shape, args, row)
 
 
 if __name__ == "__main__":
