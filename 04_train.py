@@ -84,7 +84,7 @@ class RowAdam(torch.optim.Optimizer):
                 self.update(weight, grad._indices()[0], grad._values(), group["lr"], group["weight_decay"])
 
     def update(self, weight: Tensor, clusters_U: Tensor, g_UFD: Tensor, lr: float, decay: float) -> None:
-        """One step for some clusters with gradients g, for a bias (U, F): first the moments, then the weights."""
+        """One step for some clusters with gradients g, for a bias (U, F): the moments of all, then the weights."""
         n, rows = max(1, model_stage.CHUNK[g_UFD.device.type] // weight[0].numel()), self.state[weight]["rows"]
         g_UFD, features_D, squares = g_UFD.view(*g_UFD.shape[:2], -1), self.state[weight]["features"], []
         features_D.mul_(self.beta)
@@ -92,9 +92,9 @@ class RowAdam(torch.optim.Optimizer):
             square = g.float().square()
             features_D.add_(square.sum((0, 1)), alpha=1 - self.beta)
             squares.append(square.mean(2, keepdim=True))
-        scale_D = ((features_D.mean() + 1e-30) / (features_D + 1e-30)).sqrt()
-        here_UF1 = (torch.cat(squares) > 0).float()
-        now_UF2 = torch.cat([torch.cat(squares), here_UF1], dim=2)
+        scale_D, square_UF1 = ((features_D.mean() + 1e-30) / (features_D + 1e-30)).sqrt(), torch.cat(squares)
+        here_UF1 = (square_UF1 > 0).float()
+        now_UF2 = torch.cat([square_UF1, here_UF1], dim=2)
         rows_UF2 = rows.index_select(0, clusters_U).lerp_(now_UF2, (1 - self.beta) * here_UF1)
         rows.index_copy_(0, clusters_U, rows_UF2)
         square_UF1, history_UF1 = rows_UF2.split(1, dim=2)

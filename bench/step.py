@@ -81,10 +81,10 @@ class Usual(torch.nn.Module):
         counts, width = [*model.counts[1:-1], n_labels], model.heads[0].weight.shape[2]
         nodes = [*(torch.arange(n, device=slots.device) for n in counts[1:-1]), slots.where(slots >= 0, n_labels)]
         self.below = [below.view(n, -1) for n, below in zip(counts, nodes, strict=False)]
-        self.weights, self.biases = (torch.nn.ModuleList(torch.nn.Embedding(n, d) for n in (*counts[:-1], n_labels + 1))
-                                     for d in (width, 1))
         del model.heads[1:]  # the first one says what type features have
-        self.to(slots.device)
+        with slots.device:
+            self.weights, self.biases = (torch.nn.ModuleList(
+                torch.nn.Embedding(n, d) for n in (*counts[:-1], n_labels + 1)) for d in (width, 1))
         for table in self.weights:
             torch.nn.init.normal_(table.weight, std=0.02)
 
