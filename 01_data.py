@@ -20,18 +20,20 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
-from transformers import AutoTokenizer, PreTrainedTokenizerBase, PreTrainedTokenizerFast
 
 import artifacts
 from artifacts import UserError, flag, load_npz, natural, positive, save_npz
 from data import formats
+
+if TYPE_CHECKING:  # slow to import, and needed only where a corpus is read
+    from transformers import PreTrainedTokenizerBase
 
 SPLITS = ("train", "val", "test", "label")  # the last: the labels' own texts
 CHUNK = 1000  # documents tokenised at a time: what is in memory beside the ids
@@ -136,8 +138,10 @@ def read_documents(corpus: formats.Corpus, split: str, label_id: dict, limit: in
         yield line, clean[:limit] if limit else clean, ids
 
 
-def train_tokenizer(texts: Callable[[], Iterable[str]], vocab: int) -> PreTrainedTokenizerFast:
+def train_tokenizer(texts: Callable[[], Iterable[str]], vocab: int) -> "PreTrainedTokenizerBase":
     """A lower-cased WordPiece tokeniser of at most `vocab` pieces; the same texts give the same tokeniser."""
+    from transformers import PreTrainedTokenizerFast
+
     normalizer = normalizers.BertNormalizer(lowercase=True)
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     # The trainer numbers the pieces "##a", "##b", ... in the order of a hash table and breaks ties by those numbers;
@@ -158,7 +162,7 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], vocab: int) -> PreTraine
     )
 
 
-def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int], int]:
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], int]:
     """(ids before a text, ids after it, padding id), found by asking: every family has its own."""
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
@@ -168,7 +172,7 @@ def special_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[
     return full[:start], full[start + len(bare) :], tokenizer.pad_token_id
 
 
-def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: PreTrainedTokenizerBase, max_tokens: int,
+def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: "PreTrainedTokenizerBase", max_tokens: int,
            name: str, drops: Counter) -> Split:
     """Tokenise a stream of (text, label ids) in chunks."""
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32  # the smallest type that holds the vocabulary
@@ -230,7 +234,7 @@ def run(config: Config) -> None:
     if config.encoder == "tiny":
         tokenizer = train_tokenizer(lambda: (text for text, _ in documents("train", Counter())), config.vocab)
     else:
-        tokenizer = artifacts.pretrained(AutoTokenizer, config.encoder)
+        tokenizer = artifacts.pretrained("AutoTokenizer", config.encoder)
     if not tokenizer.is_fast:
         raise UserError(f"--encoder {config.encoder}: its tokeniser has no fast version; use another encoder")
     tokenizer.model_max_length = int(1e9)  # no warning: cutting is done, and counted, here

@@ -23,7 +23,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from transformers import PreTrainedModel
 
 import artifacts
 from artifacts import UserError, flag, int_list, natural, positive
@@ -150,7 +149,7 @@ class Encoder(nn.Module):
     """Any bidirectional transformer of the transformers library, giving the pooled hidden states of chosen layers.
     Special tokens come from the tokeniser by way of 01_data.py, token types and positions from the model's defaults."""
 
-    def __init__(self, backbone: PreTrainedModel, pooling: str, max_len: int, from_scratch: bool = False) -> None:
+    def __init__(self, backbone: nn.Module, pooling: str, max_len: int, from_scratch: bool = False) -> None:
         super().__init__()
         self.backbone, self.pooling, self.from_scratch = artifacts.without_waiting(backbone), pooling, from_scratch
         if pooling not in ("first", "mean"):

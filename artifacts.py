@@ -3,6 +3,9 @@
 An artifact is one file in the run folder. It carries, beside its arrays, a JSON record `meta`: the format version, the
 stage that wrote it, that stage's settings, the library versions and the sha256 of every artifact that it was made from.
 Nothing in here executes what it reads: no pickle, np.load(allow_pickle=False), torch.load(weights_only=True).
+
+The transformers library is imported inside the functions that need it: its models take longer to import than torch and
+everything else that a prediction needs.
 """
 
 import argparse
@@ -21,25 +24,17 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
+from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
-import scipy
 import torch
-import transformers
-from transformers import (
-    AttentionInterface,
-    AttentionMaskInterface,
-    AutoConfig,
-    AutoModel,
-    BertConfig,
-    PreTrainedModel,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import sdpa_mask
+import torch.nn.functional as F
+from torch import nn
 
 try:
     import resource
@@ -249,18 +244,20 @@ def int_list(text: str, what: str, n: int | None = None) -> list[int]:
     return [int(part) for part in numbers]
 
 
-def pretrained(kind: Any, name: str) -> Any:
-    """kind.from_pretrained(name): a tokeniser or a model from a local folder or from the hub."""
+def pretrained(kind: str, name: str) -> Any:
+    """A tokeniser ("AutoTokenizer") or a model ("AutoModel") from a local folder or from the hub."""
+    import transformers
+
     try:
-        return kind.from_pretrained(name, trust_remote_code=False)
+        return getattr(transformers, kind).from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]
         raise UserError(f"--encoder {name}: no such folder, and not to be had from the hub ({reason})") from error
 
 
-def pretrained_encoder(meta: dict) -> PreTrainedModel:
+def pretrained_encoder(meta: dict) -> nn.Module:
     """The encoder that data.npz was made for. UserError when its vocabulary is smaller than that of the token ids."""
-    backbone = pretrained(AutoModel, meta["encoder"])
+    backbone = pretrained("AutoModel", meta["encoder"])
     n = backbone.get_input_embeddings().num_embeddings
     if n < meta["vocab_size"]:
         raise UserError(f"--encoder {meta['encoder']} knows {n:,} tokens, data.npz has {meta['vocab_size']:,}: it is "
@@ -268,15 +265,69 @@ def pretrained_encoder(meta: dict) -> PreTrainedModel:
     return backbone
 
 
-def tiny_bert(depth: int, width: int, meta: dict) -> PreTrainedModel:
+def tiny_bert(depth: int, width: int, meta: dict) -> nn.Module:
     """A small BERT to be trained from scratch, without dropout: the heads have theirs. `meta` is that of data.npz."""
+    from transformers import AutoModel, BertConfig
+
     return AutoModel.from_config(BertConfig(
         vocab_size=meta["vocab_size"], pad_token_id=meta["pad"], type_vocab_size=1, num_hidden_layers=depth,
         hidden_size=width, intermediate_size=2 * width, num_attention_heads=math.gcd(width, max(1, width // 64)),
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
-def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
+class Bert(nn.Module):
+    """BERT as the transformers library computes it, with its names of the weights and its order of random numbers: so a
+    trained model answers without the import of that library's models."""
+
+    def __init__(self, config: dict) -> None:
+        super().__init__()
+        self.config = c = SimpleNamespace(**config)
+        n, tables = c.hidden_size, {"word": c.vocab_size, "position": c.max_position_embeddings,
+                                    "token_type": c.type_vocab_size}
+        if c.num_attention_heads < 1 or n % c.num_attention_heads:
+            raise ValueError(f"{c.num_attention_heads} heads of {n} features")
+
+        def joint(width: int) -> nn.ModuleDict:
+            return nn.ModuleDict({"dense": nn.Linear(width, n), "LayerNorm": nn.LayerNorm(n, c.layer_norm_eps)})
+
+        def layer() -> nn.ModuleDict:
+            attention = {"self": nn.ModuleDict({name: nn.Linear(n, n) for name in ("query", "key", "value")}),
+                         "output": joint(n)}
+            return nn.ModuleDict({"attention": nn.ModuleDict(attention), "output": joint(c.intermediate_size),
+                                  "intermediate": nn.ModuleDict({"dense": nn.Linear(n, c.intermediate_size)})})
+
+        # From an empty table: drawing random weights, on the device "meta", imports the compiler.
+        self.embeddings = nn.ModuleDict({f"{name}_embeddings": nn.Embedding.from_pretrained(torch.empty(size, n), False)
+                                         for name, size in tables.items()})
+        self.embeddings["LayerNorm"] = nn.LayerNorm(n, c.layer_norm_eps)
+        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layer() for _ in range(c.num_hidden_layers))})
+
+    def get_input_embeddings(self) -> nn.Embedding:
+        return self.embeddings.word_embeddings
+
+    def drop(self, x: torch.Tensor) -> torch.Tensor:
+        return F.dropout(x, self.config.hidden_dropout_prob, self.training)
+
+    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, output_hidden_states: bool) -> Any:
+        """hidden_states: of the embeddings and of every layer, (B, T, D)."""
+        def add(part: nn.ModuleDict, x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
+            return part.LayerNorm(self.drop(part.dense(x)) + before)
+
+        table, mask = self.embeddings, attention_mask.bool()[:, None, None]
+        x = table.word_embeddings(input_ids) + table.token_type_embeddings.weight[0]
+        x = self.drop(table.LayerNorm(x + table.position_embeddings.weight[: x.shape[1]]))
+        states, heads = [x], (*x.shape[:2], self.config.num_attention_heads, -1)
+        for layer in self.encoder.layer:
+            read = (part(x).view(heads).transpose(1, 2) for part in layer.attention.self.values())
+            rate = self.config.attention_probs_dropout_prob if self.training else 0.0
+            seen = F.scaled_dot_product_attention(*read, mask, rate).transpose(1, 2).reshape(x.shape)
+            x = add(layer.attention.output, seen, x)
+            x = add(layer.output, F.gelu(layer.intermediate.dense(x)), x)
+            states.append(x)
+        return SimpleNamespace(hidden_states=states)
+
+
+def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> nn.Module:
     """An encoder from its stored configuration, without weights; needs no hub. The configuration may come from
     anywhere: whatever makes the library fetch code is left out, and UserError is raised before an encoder is made that
     is bigger than the `weights` that belong to it."""
@@ -288,33 +339,39 @@ def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> PreTrainedMo
         layers = [value for key, value in safe.items() if key.endswith("layers") and not isinstance(value, list)]
         if any(value is not None and (not isinstance(value, int) or value > len(weights)) for value in layers):
             raise ValueError(f"{layers} layers")
-        shape = AutoConfig.for_model(kind, **safe)
+        if kind == "bert" and safe.get("hidden_act") == "gelu" and safe.get("is_decoder") is False:
+            make = partial(Bert, safe)
+        else:
+            from transformers import AutoConfig, AutoModel
+
+            make = partial(AutoModel.from_config, AutoConfig.for_model(kind, **safe))
         with torch.device("meta"):
-            model = AutoModel.from_config(shape)
+            model = make()
             claimed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
         if claimed > 2 * sum(weight.numel() for weight in weights.values()) + 2**24:
             raise ValueError(f"{claimed:,} parameters")
-        return AutoModel.from_config(shape)
+        return make()
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise UserError(f"model.pt: its encoder's configuration does not fit its weights ({error}); train it again"
                         ) from error
 
 
-def without_waiting(backbone: PreTrainedModel) -> PreTrainedModel:
+def without_waiting(backbone: nn.Module) -> nn.Module:
     """The same encoder, with an attention mask for every batch. By itself the library asks the device first whether
     anything is padded, and a GPU's queue runs empty meanwhile."""
-    if backbone.config._attn_implementation == "sdpa":
+    if getattr(backbone.config, "_attn_implementation", "") == "sdpa":
+        from transformers import AttentionInterface, AttentionMaskInterface
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+        from transformers.masking_utils import sdpa_mask
+
         AttentionInterface.register("sdpa_masked", sdpa_attention_forward)
-        AttentionMaskInterface.register("sdpa_masked", _always_a_mask)
+        AttentionMaskInterface.register("sdpa_masked", lambda *args, **kwargs: sdpa_mask(
+            *args, **kwargs | {"allow_is_bidirectional_skip": False}))
         backbone.set_attn_implementation("sdpa_masked")
     return backbone
 
 
-def _always_a_mask(*args, **kwargs) -> torch.Tensor:
-    return sdpa_mask(*args, **kwargs | {"allow_is_bidirectional_skip": False})
-
-
-def positions(backbone: PreTrainedModel) -> float:
+def positions(backbone: nn.Module) -> float:
     """Most tokens of a document that the encoder has positions for; RoBERTa and MPNet count from behind their padding
     id."""
     table = getattr(getattr(backbone, "embeddings", None), "position_embeddings", None)
@@ -560,7 +617,7 @@ _READ: dict[Path, str] = {}  # digest of what this process has read: what a resu
 
 
 def _record(path: Path, config: Any, made_from: tuple[str, ...], extra: dict, content: dict) -> str:
-    versions = {module.__name__: module.__version__ for module in (torch, transformers, np, scipy)}
+    versions = {name: version(name) for name in ("torch", "transformers", "numpy", "scipy")}
     inputs = {name: _READ[(path.parent / name).resolve()] for name in made_from}
     meta = {"format": FORMAT, "stage": MADE_BY.get(path.name), "config": settings(config), "versions": versions,
             "made_from": inputs, **extra}

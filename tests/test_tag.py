@@ -158,6 +158,16 @@ def test_one_text(done, corpus, expected, capsys):
     assert "none of the 5 best labels" in capsys.readouterr().out
 
 
+def test_a_quick_start_imports_neither_models_nor_compilers(done):
+    """transformers and torch._dynamo take longer to import than all else that a tag needs."""
+    code = ("import sys; from tools import compare, plots, report, tag; "
+            f"tag.run(tag.Config(run={str(done)!r}, text='word1x1')); "
+            "print([name for name in ('transformers', 'torch._dynamo', 'sympy', 'scipy.optimize', 'scipy.stats') "
+            "if name in sys.modules])")
+    found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert found.stdout.splitlines()[-1:] == ["[]"], found.stdout + found.stderr
+
+
 def test_pipes_answer_every_chunk_before_the_input_ends(done, corpus, expected):
     """Two lines in, two lines out, while the pipe stays open; then nobody reads any more."""
     texts = texts_of(corpus)
