@@ -28,7 +28,7 @@ from scipy.sparse import csr_matrix
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from artifacts import UserError, flag, main, memory_advice, natural, need_space, over_split, positive, save_npz
+from artifacts import UserError, flag, main, memory_advice, natural, need_space, over_split, pair, positive, save_npz
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -151,10 +151,7 @@ def predict_exact(model: model_stage.Cascade, batch: data_stage.Batch, k: int, r
 def run(config: Config) -> None:
     if config.split not in ("train", "val", "test"):
         raise UserError(f"--split {config.split}: expected test, val or train")
-    try:
-        a, b = (float(part) for part in config.propensity.split(","))
-    except ValueError:
-        raise UserError(f"--propensity {config.propensity}: expected two numbers such as 0.55,1.5") from None
+    a, b = pair(config.propensity, "--propensity")
     data = data_stage.load(config.run)
     split, train, n_labels = data.splits[config.split], data.splits["train"], len(data.names)
     weight_L = inverse_propensity(np.bincount(train.labels, minlength=n_labels), len(train), a, b)

@@ -244,6 +244,15 @@ def int_list(text: str, what: str, n: int | None = None) -> list[int]:
     return [int(part) for part in numbers]
 
 
+def pair(text: str, what: str) -> tuple[float, float]:
+    """'0.55,1.5' -> (0.55, 1.5)."""
+    try:
+        first, second = (float(part) for part in text.split(","))
+        return first, second
+    except ValueError:
+        raise UserError(f"{what} {text}: expected two numbers such as 0.55,1.5") from None
+
+
 def pretrained(kind: str, name: str) -> Any:
     """A tokeniser ("AutoTokenizer") or a model ("AutoModel") from a local folder or from the hub."""
     import transformers

@@ -49,6 +49,13 @@ def test_the_prediction_benchmark_runs_on_a_trained_run(tmp_path, done):
     assert 0.3 < recall <= 1
 
 
+def test_the_benchmark_of_the_report_runs(tmp_path):
+    out = tmp_path / "report.json"
+    printed = bench([sys.executable, "bench/report.py", "--documents", "300", "--labels", "256", "--k", "20",
+                     "--out", str(out)])
+    assert len(rows_of(out)) == 3 and "300 test documents" in printed and "ECE@5 after isotonic" in printed
+
+
 def test_the_comparison_of_label_optimisers_runs(tmp_path):
     corpus = make_corpus(tmp_path / "corpus", n_documents=60, n_labels=30)
     printed = bench([sys.executable, "bench/parity.py", "--corpus", str(corpus), "--runs", str(tmp_path / "runs"),

@@ -12,7 +12,7 @@ from conftest import stages
 
 import artifacts
 from artifacts import UserError
-from tools import plots
+from tools import plots, report
 
 NAMES = ("curves", "funnel", "frequency", "coverage", "reliability", "tree")
 
@@ -37,24 +37,31 @@ def line(axis, name: str) -> np.ndarray:
     return found
 
 
-def test_labels_found_by_frequency_equal_a_loop(figure):
+def test_labels_found_by_frequency_equal_a_loop(figure, monkeypatch):
+    monkeypatch.setattr(plots, "FEW", 3)
     rng = np.random.default_rng(0)
     count = np.array([0, 0, 1, 2, 3, 4, 7, 8, 40, 1023, 1024, 5000])
     true, split = random_split(60, len(count) - 1, 1)  # the last label is never right
     predicted = np.array([rng.permutation(len(count))[:7] for _ in range(60)])
     predicted[3, 2:] = -1
-    plots.draw_frequency(figure, count, split, {"ours": predicted, "theirs": predicted[:, ::-1]})
-    (axis,) = figure.axes
+    predicted[4] = -1
+    said = plots.draw_frequency(figure, count, split, {"ours": predicted, "theirs": predicted[:, ::-1]})
+    upper, lower = figure.axes
     kinds = [(0, 0), (1, 1), (2, 3), (4, 7), (8, 15), (32, 63), (512, 1023), (1024, 10**9)]  # those that have labels
-    ticks = [tick.get_text().split("\n") for tick in axis.get_xticklabels()]
+    ticks = [tick.get_text().split("\n") for tick in lower.get_xticklabels()]
     assert [tick[0] for tick in ticks] == ["0", "1", "2-3", "4-7", "8-15", "32-63", "512-1023", "1,024+"]
-    for name, rows in (("ours", predicted[:, :5]), ("theirs", predicted[:, ::-1][:, :5])):
-        drawn = line(axis, name)
+    for name, rows in (("ours", predicted), ("theirs", predicted[:, ::-1])):
         for i, (low, high) in enumerate(kinds):
-            right = [(row, label) for row, mine in zip(rows, true, strict=True) for label in mine
+            right = [(row, label) for row, mine in zip(rows[:, :5], true, strict=True) for label in mine
                      if low <= count[label] <= high]
-            assert drawn[i, 1] == pytest.approx(100 * np.mean([label in row for row, label in right]))
+            assert line(upper, name)[i, 1] == pytest.approx(100 * np.mean([label in row for row, label in right]))
             assert ticks[i][1:] == [str(sum(low <= n <= high for n in count)), str(len(right))]
+            first = [row[0] in mine for row, mine in zip(rows, true, strict=True)
+                     if mine and row[0] >= 0 and low <= count[row[0]] <= high]
+            drawn = line(lower, name)[i, 1]
+            assert np.isnan(drawn) if len(first) < 3 else drawn == pytest.approx(100 * np.mean(first))
+    p1 = np.mean([row[0] in mine for row, mine in zip(predicted, true, strict=True) if mine])
+    assert said.endswith(f"P@1: ours: {100 * p1:.1f}%")
 
 
 def test_a_frequency_without_right_labels_is_a_gap(figure):
@@ -63,33 +70,25 @@ def test_a_frequency_without_right_labels_is_a_gap(figure):
     assert np.array_equal(line(figure.axes[0], "ours")[:, 1], [50, np.nan], equal_nan=True)
 
 
-def test_precision_at_each_coverage_equals_every_threshold(figure):
+def test_coverage_and_reliability_show_what_the_report_says(figure):
+    """Those figures are tested with tools/report.py; here, that they are drawn, and that -1 stands for no label."""
     rng = np.random.default_rng(2)
-    score, right = rng.integers(0, 30, 200) / 30, rng.random(200) < 0.8  # many ties
-    said = plots.draw_coverage(figure, score, right, 250)  # 50 documents without any label
-    expected = [(100 * (score >= s).sum() / 250, 100 * right[score >= s].mean()) for s in sorted(set(score))[::-1]]
+    score = np.append(rng.integers(0, 30, 200) / 30, np.full(50, -1))  # many ties
+    right = np.append(rng.random(200) < 0.8, np.zeros(50, bool))
+    said = plots.draw_coverage(figure, score, right)
+    expected = [(100 * (score >= s).sum() / 250, 100 * right[score >= s].mean()) for s in sorted(set(score))[:0:-1]]
     np.testing.assert_allclose(line(figure.axes[0], "first labels"), expected)
     widest = [max([c for c, p in expected if p >= target], default=0) for target in (95, 90)]
     assert f"95% right: the surest {widest[0]:.1f}%; 90% right: the surest {widest[1]:.1f}%" in said
-
-
-def test_precision_may_never_reach_the_lines(figure):
-    assert "95% right: the surest 0.0%" in plots.draw_coverage(figure, np.array([0.5]), np.array([False]), 1)
-
-
-def test_reliability_equals_a_loop_over_bins(figure):
-    rng = np.random.default_rng(3)
-    score = np.append(rng.random(300) ** 3, [0, 0.25, 0.5, 1])
-    score = score[(score < 0.75) | (score == 1)]  # of 8 bins, the seventh is empty
-    right = rng.random(len(score)) < score
-    said = plots.draw_reliability(figure, score, right, bins=8)
-    parts = [[i for i, s in enumerate(score) if k / 8 <= s < (k + 1) / 8 or k == 7 and s == 1] for k in range(8)]
+    figure.clear()
+    assert "95% right: the surest 0.0%" in plots.draw_coverage(figure, np.array([0.5]), np.array([False]))
+    figure.clear()
+    said = plots.draw_reliability(figure, score, right)
     upper, lower = figure.axes
-    expected = [(score[part].mean(), right[part].mean()) for part in parts if part]
-    np.testing.assert_allclose(line(upper, "first labels"), expected)
-    assert [bar.get_height() for bar in lower.patches] == [len(part) for part in parts] and not parts[6]
-    gap = sum(len(part) * abs(score[part].mean() - right[part].mean()) for part in parts if part) / len(score)
-    assert f"by {100 * gap:.1f} points" in said
+    np.testing.assert_allclose(line(upper, "first labels"), np.transpose(report.reliability(score, right)[-2:]))
+    assert f"off by {report.calibration(score, right):.1f} points" in said
+    edges = np.linspace(0, 1, 11)
+    assert [bar.get_height() for bar in lower.patches] == np.histogram(score[:200], edges)[0].tolist()
 
 
 def test_funnel_counts_what_a_beam_scores(figure):
@@ -197,7 +196,7 @@ def test_errors_say_what_to_do(done, tmp_path, monkeypatch):
     for change in ({"scores": arrays["scores"] * 50}, {"labels": arrays["labels"] + 40},
                    {key: array[1:] for key, array in arrays.items()}):
         artifacts.save_npz(run / "predictions.npz", evaluated, arrays | change)
-        with pytest.raises(UserError, match="predictions.npz: .*expected 60 rows of labels below 40"):
+        with pytest.raises(UserError, match="predictions.npz holds .*expected"):
             plots.run(config)
     (run / "predictions.npz").unlink()
     with pytest.raises(UserError, match=r"predictions.npz does not exist; run: python 05_eval.py --run"):

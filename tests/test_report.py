@@ -10,6 +10,7 @@ import pytest
 from conftest import stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.stats import binomtest
 
 import artifacts
 from artifacts import UserError
@@ -176,10 +177,19 @@ def test_isotonic_regression_by_hand():
     assert report.isotonic(np.array([0.2, 0.4]), np.array([False, True]), np.array([0.3])) == pytest.approx(0.5)
 
 
+def table(other, gaps):
+    """Print, for pytest -s, the largest differences from another implementation by metric, in shares; all are tiny."""
+    print()
+    for name, values in gaps.items():
+        print(f"{other:13} {name:20} largest difference {max(values):.1e}")
+    assert max(max(values) for values in gaps.values()) <= 1e-6
+
+
 def test_as_scikit_learn():
     metrics = pytest.importorskip("sklearn.metrics", reason="scikit-learn is not installed")
     from sklearn.isotonic import IsotonicRegression
 
+    gaps = {f"{name}@{j}": [] for name in ("nDCG", "micro F1", "macro F1") for j in range(1, K + 1)} | {"isotonic": []}
     for seed in range(5):
         predicted, true, split, labels, scores, right = corpus(seed, full=True)
         Y, S, guess = np.zeros((25, L)), np.zeros((25, L)), np.zeros((K, 25, L))
@@ -191,21 +201,24 @@ def test_as_scikit_learn():
         has = Y.any(1)
         whole = report.by_frequency(labels, right, split, np.ones(L), np.zeros(L, int), 1)
         for j in range(1, K + 1):
-            assert whole["nDCG"][0, j - 1] == pytest.approx(100 * metrics.ndcg_score(Y[has], S[has], k=j), abs=1e-9)
+            gaps[f"nDCG@{j}"].append(abs(whole["nDCG"][0, j - 1] / 100 - metrics.ndcg_score(Y[has], S[has], k=j)))
             some = np.flatnonzero(Y.any(0) | guess[j - 1].any(0))
-            expected = [100 * metrics.f1_score(Y, guess[j - 1], average=average, labels=some, zero_division=0)
-                        for average in ("micro", "macro")]
-            assert report.f1_at_k(labels, scores, right, Y.sum(0).astype(int), j) == pytest.approx(expected)
+            ours = report.f1_at_k(labels, scores, right, Y.sum(0).astype(int), j)
+            for average, mine in zip(("micro", "macro"), ours, strict=True):
+                theirs = metrics.f1_score(Y, guess[j - 1], average=average, labels=some, zero_division=0)
+                gaps[f"{average} F1@{j}"].append(abs(mine / 100 - theirs))
         rng = np.random.default_rng(seed)
         known, new = rng.integers(0, 50, 300) / 50, rng.random(100)
         ok = rng.random(300) < known
         other = IsotonicRegression(out_of_bounds="clip").fit(known, ok).predict(new)
-        np.testing.assert_allclose(report.isotonic(known, ok, new), other, atol=1e-9)
+        gaps["isotonic"].append(abs(report.isotonic(known, ok, new) - other).max())
+    table("scikit-learn", gaps)
 
 
 def test_as_napkinxc():
     other = pytest.importorskip("napkinxc.metrics", reason="napkinxc is not installed")
-    largest = {}
+    gaps = {f"{name}@{j}": [] for name in ("P", "R", "nDCG", "PSP", "PSnDCG") for j in range(1, K + 1)}
+    gaps["inverse propensity"] = []
     for seed in range(10):
         predicted, true, split, labels, _, right = corpus(seed)
         rng = np.random.default_rng(seed)
@@ -218,11 +231,12 @@ def test_as_napkinxc():
         theirs = {"P": other.precision_at_k(Y, guess, K), "R": other.recall_at_k(Y, guess, K),
                   "nDCG": other.ndcg_at_k(Y, guess, K), "PSP": other.psprecision_at_k(Y, guess, weight, K),
                   "PSnDCG": other.psndcg_at_k(Y, guess, weight, K)}
-        gaps = {name: abs(mine[name][0] / 100 - value).max() for name, value in theirs.items()}
-        gaps["inverse propensity"] = abs(weight - other.Jain_et_al_inverse_propensity(train, 0.6, 2.6)).max()
-        largest = {name: max(gap, largest.get(name, 0)) for name, gap in gaps.items()}
-    print("largest differences from napkinxc:", {name: f"{gap:.1e}" for name, gap in largest.items()})
-    assert max(largest.values()) <= 1e-6
+        for name, values in theirs.items():
+            for j, value in enumerate(values, 1):
+                gaps[f"{name}@{j}"].append(abs(mine[name][0, j - 1] / 100 - value))
+        theirs = other.Jain_et_al_inverse_propensity(train, 0.6, 2.6)
+        gaps["inverse propensity"].append(abs(weight - theirs).max())
+    table("napkinxc", gaps)
 
 
 def test_report_of_a_run_with_and_without_validation(done, tmp_path, capsys):
@@ -264,6 +278,8 @@ def test_coverage_chosen_on_validation_and_its_interval_on_test(done, tmp_path, 
     width = z * math.sqrt(p * (1 - p) / n + z * z / (4 * n * n)) / (1 + z * z / n)
     expected = [100, 100, 100 * p, 100 * (middle - width), 100 * (middle + width), 0]
     assert [float(cell) for cell in line.split()[-6:]] == pytest.approx(expected, abs=0.051)
+    wilson = binomtest(55, 60).proportion_ci(method="wilson")
+    assert [100 * wilson.low, 100 * wilson.high] == pytest.approx(expected[3:5])
 
 
 @dataclass(frozen=True)

@@ -5,13 +5,13 @@
 Reads    RUN/data.npz, RUN/tree.npz, RUN/log.jsonl, RUN/model.pt (its settings), RUN/predictions.npz
 Writes   RUN/plot-curves.png        loss per level, validation P@1/3/5 and learning rate against the step
          RUN/plot-funnel.png        share of each level that is scored, and share of the right labels among that
-         RUN/plot-frequency.png     right labels found, by their training documents, beside the two yardsticks
+         RUN/plot-frequency.png     by training documents of labels: right ones found, first ones right; yardsticks
          RUN/plot-coverage.png      share right of the surest first labels, against the documents they are for
-         RUN/plot-reliability.png   score of the first label against the share that is right
+         RUN/plot-reliability.png   score of the first label against the share that is right: tools/report.py's bins
          RUN/plot-tree.png          coarsest clusters: most frequent names, share of their labels found
 
 Needs matplotlib. Documents without labels are left out, as in 05_eval.py; where nothing was predicted, that is wrong.
-Shapes: N documents, n of them with a first label, L labels, k predicted, C clusters, M classes of labels, T levels.
+Shapes: N documents, L labels, k predicted, C clusters, M classes of labels, T levels.
 """
 
 import json
@@ -23,8 +23,10 @@ from typing import Any
 import numpy as np
 
 import artifacts
+from tools import report
 
 stages, FIRST = artifacts.stages(), 5  # FIRST: predicted labels that a reader looks at
+FEW = 10  # first predictions: a share of fewer says nothing
 CLASSES = ["0", "1", *(f"{1 << i}-{(2 << i) - 1}" for i in range(1, 10)), "1,024+"]  # training documents of a label
 STYLES = [*zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"), "os^Dv", strict=True)]  # colour-blind-safe
 
@@ -63,12 +65,12 @@ def treemap(weight_C: np.ndarray, x: float, y: float, w: float, h: float) -> lis
 
 
 def plot(axis: Any, x: Any, lines: dict[str, np.ndarray], xlabel: str, ylabel: str, **more) -> None:
-    """Lines over a common x, the first on top, with the legend beside the data, not over it."""
+    """Lines over a common x, the first on top, with the legend above the data, not over it."""
     for i, ((name, y), (color, marker)) in enumerate(zip(lines.items(), STYLES * len(lines), strict=False)):
         axis.plot(x, y, color=color, marker=marker if len(y) < 99 else "", markersize=4, label=name, zorder=9 - i)
     axis.set(xlabel=xlabel, ylabel=ylabel, **more)
     axis.grid(alpha=0.3)
-    axis.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), frameon=False)
+    axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.98), ncols=4, frameon=False)
 
 
 def draw_curves(figure: Any, steps: list[dict], epochs: list[dict], kept: dict) -> str:
@@ -101,40 +103,44 @@ def draw_funnel(figure: Any, counts: list[int], topk: list[int], recall: list[fl
 def draw_frequency(figure: Any, count_L: np.ndarray, split: Any, systems: dict[str, np.ndarray]) -> str:
     """`count_L`: training documents; `systems`: labels (N, k) by name, best first."""
     class_L = np.minimum(np.frexp(count_L)[1], len(CLASSES) - 1)  # count = f 2^class with 1/2 <= f < 1: see CLASSES
-    (here_M, n_M), lines = np.unique(class_L, return_counts=True), {}
+    (here_M, n_M), (upper, lower) = np.unique(class_L, return_counts=True), figure.subplots(2, sharex=True)
+    has_N, recall, precision = np.diff(split.label_offsets) > 0, {}, {}
     for name, labels in systems.items():
         pairs, found = found_by_class(class_L, len(CLASSES), labels[:, :FIRST], split)[:, here_M]
-        lines[f"{name}: {100 * found.sum() / max(1, pairs.sum()):.1f}"] = 100 * found / np.where(pairs, pairs, np.nan)
+        recall[f"{name}: {100 * found.sum() / max(1, pairs.sum()):.1f}%"] = 100 * found / np.where(pairs, pairs, np.nan)
+        right = found_by_class(class_L, len(CLASSES), labels[:, :1], split)[1, here_M]
+        n = np.bincount(class_L[labels[has_N & (labels[:, 0] >= 0), 0]], minlength=len(CLASSES))[here_M]
+        p1 = 100 * right.sum() / max(1, has_N.sum())
+        precision[f"{name}: {p1:.1f}%"] = 100 * right / np.where(n < FEW, np.nan, n)
     ticks = [f"{CLASSES[m]}\n{n:,}\n{times:,}" for m, n, times in zip(here_M, n_M, pairs, strict=True)]
-    plot(figure.subplots(), range(len(n_M)), lines, "rows: training documents of a label, number of such "
-         "labels, how often one of them is right", f"right labels found in the first {FIRST}, %", ylim=(0, None),
+    plot(upper, range(len(n_M)), recall, "", f"right labels found\nin the first {FIRST}, %", ylim=(0, None))
+    plot(lower, range(len(n_M)), precision, "rows: training documents of a label, number of such labels, how often one "
+         "of them is right", f"first predictions that\nare right, %, where\nthere are {FEW} or more", ylim=(0, None),
          xticks=range(len(n_M)), xticklabels=ticks)
-    return f"right labels found in the first {FIRST}, %: {'; '.join(lines)}"
+    return f"right labels found in the first {FIRST}: {next(iter(recall))}; P@1: {next(iter(precision))}"
 
 
-def draw_coverage(figure: Any, score_n: np.ndarray, right_n: np.ndarray, documents: int) -> str:
-    """Precision of first labels, surest first; of `documents` some may have none."""
-    axis, order, said = figure.subplots(), np.argsort(-score_n, kind="stable"), []
-    last = np.flatnonzero(np.diff(score_n[order], append=-1))  # no threshold can part equal scores
-    coverage, precision = 100 * (last + 1) / documents, 100 * right_n[order].cumsum()[last] / (last + 1)
+def draw_coverage(figure: Any, score_N: np.ndarray, right_N: np.ndarray) -> str:
+    """Precision of first labels, surest first; score -1: none."""
+    axis, (share_M, right_M), said = figure.subplots(), report.precision_coverage(score_N, right_N), []
     for target, (color, _) in zip((95, 90), STYLES[1:], strict=False):
-        said.append(f"{target}% right: the surest {coverage[precision >= target].max(initial=0):.1f}%")
+        share = 100 * report.coverage(score_N, right_N, target / 100)[1]
+        said.append(f"{target}% right: the surest {share:.1f}%")
         axis.axhline(target, color=color, linestyle="--", label=said[-1])
-    plot(axis, coverage, {"first labels": precision}, "documents, surest first, %", "right, %", ylim=(0, 102))
+    plot(axis, 100 * share_M, {"first labels": 100 * right_M}, "documents, surest first, %", "right, %", ylim=(0, 102))
     return f"first label {'; '.join(said)} of the documents"
 
 
-def draw_reliability(figure: Any, score_n: np.ndarray, right_n: np.ndarray, bins: int = 10) -> str:
-    """Mean score against share right, in bins of equal width, the last with its upper end."""
+def draw_reliability(figure: Any, score_N: np.ndarray, right_N: np.ndarray) -> str:
+    """Mean score against share right in bins of about equally many documents; score -1: none."""
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
-    bin_n = np.minimum((score_n * bins).astype(int), bins - 1)
-    n, score, right = (np.bincount(bin_n, weights, bins) for weights in (None, score_n, right_n))
-    here, gap = n > 0, 100 * np.abs(right - score).sum() / max(1, n.sum())
+    *_, score, share = report.reliability(score_N, right_N)
     upper.plot((0, 1), (0, 1), ":", color="black", label="as scores say")
-    plot(upper, score[here] / n[here], {"first labels": right[here] / n[here]}, "", "share right", ylim=(-0.02, 1.02))
-    lower.bar_label(lower.bar((np.arange(bins) + 0.5) / bins, n, 0.9 / bins, color="#999999"), fmt="{:,.0f}")
-    lower.set(xlabel="score", ylabel="documents", xlim=(0, 1), ylim=(0, 1.3 * n.max() + 1))
-    return f"score and share right of the first label differ by {gap:.1f} points on average"
+    plot(upper, score, {f"first labels, {len(score)} bins of about equal size": share}, "", "share right",
+         ylim=(-0.02, 1.02))
+    lower.bar_label(lower.hist(score_N, np.linspace(0, 1, 11), rwidth=0.9, color="#999999")[2], fmt="{:,.0f}")
+    lower.set(xlabel="score", ylabel="documents", xlim=(-0.02, 1.02), ymargin=0.3)
+    return f"scores of first labels are off by {report.calibration(score_N, right_N):.1f} points on average"
 
 
 def draw_tree(figure: Any, names_C: list[list[str]], pairs_C: np.ndarray, found_C: np.ndarray) -> str:
@@ -164,16 +170,10 @@ def run(config: Config) -> None:
     out = Path(config.run)
     data, tree, log = stages.data.load(out), stages.tree.load(out), read_log(out / "log.jsonl")
     topk = artifacts.int_list(artifacts.load_pt(out / "model.pt")[0]["config"]["topk"], "--topk")
-    arrays, meta = artifacts.load_npz(out / "predictions.npz")
-    labels, scores, split = arrays["labels"], arrays["scores"], data.splits[meta["config"].get("split", "test")]
-    train, n_labels, has_N = data.splits["train"], len(data.names), np.diff(split.label_offsets) > 0
-    fits = labels.shape == scores.shape == (len(has_N), labels.shape[-1]) and labels.max() < n_labels
-    if not (fits and scores.min() >= 0 and scores.max() <= 1):
-        raise artifacts.UserError(f"{out}/predictions.npz: {labels.shape} labels up to {labels.max()}, {scores.shape} "
-                                  f"scores from {scores.min():.3g} to {scores.max():.3g}; expected {len(has_N)} rows "
-                                  f"of labels below {n_labels} and of probabilities; predict again")
-    count_L, answered = np.bincount(train.labels, minlength=n_labels), has_N & (labels[:, 0] >= 0)
-    first = scores[answered, 0], stages.train.hits(labels[:, :1], split)[answered, 0]
+    labels, scores, right = report.load(out / "predictions.npz", "test", data)
+    split, train, n_labels = data.splits["test"], data.splits["train"], len(data.names)
+    count_L, has_N = np.bincount(train.labels, minlength=n_labels), np.diff(split.label_offsets) > 0
+    first = scores[has_N, 0], right[has_N, 0]
     near = stages.eval.nearest_neighbours(train, split, data.meta["vocab_size"], n_labels, FIRST)
     systems = {"this run": labels, "20 nearest neighbours": near,
                "most frequent labels": stages.eval.most_frequent(train, len(split), n_labels, FIRST)}
@@ -182,10 +182,10 @@ def run(config: Config) -> None:
     names_C = [[data.names[i] for i in sorted(row[row >= 0], key=lambda i: -count_L[i])[:8]] for row in slots_CF]
     for name, size, draw, *values in (
         ("curves", (9, 8), draw_curves, *log),
-        ("funnel", (12, 4), draw_funnel, [*tree.levels, slots_CF.size], topk, log[2]["validation"]["recall"]),
-        ("frequency", (12, 5), draw_frequency, count_L, split, systems),
-        ("coverage", (9, 5), draw_coverage, *first, has_N.sum()),
-        ("reliability", (8, 7), draw_reliability, *first),
+        ("funnel", (9, 4), draw_funnel, [*tree.levels, slots_CF.size], topk, log[2]["validation"]["recall"]),
+        ("frequency", (9, 7), draw_frequency, count_L, split, systems),
+        ("coverage", (9, 5), draw_coverage, *first),
+        ("reliability", (9, 7), draw_reliability, *first),
         ("tree", (17, 10) if len(slots_CF) > 32 else (10, 6), draw_tree, names_C,
          *found_by_class(cluster_L, len(slots_CF), labels[:, :FIRST], split)),
     ):

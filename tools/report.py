@@ -3,7 +3,8 @@
     python -m tools.report --run runs/demo --at 1,5,20 --propensity 0.6,2.6 --isotonic
 
 Reads    RUN/data.npz, RUN/predictions.npz (test split), RUN/predictions.val.npz (validation split) for what is chosen
-         there: score thresholds and --isotonic; without it they are left out, and said so. Writes nothing
+         there: score thresholds and --isotonic; without it they are left out, and said so. Writes nothing.
+         How many right labels the shortlists keep needs the model, and is in what 05_eval.py prints
 
 Shapes   N documents, L labels, k labels predicted, P (document, label) pairs, H right predictions, C classes of labels
 """
@@ -12,13 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from scipy.optimize import isotonic_regression
-from scipy.stats import binomtest
 
 import artifacts
 from artifacts import UserError, flag
 
 stages = artifacts.stages()
+Z2 = 1.959964**2  # of a normal variable, the middle 95%, squared
 CLASSES = ("head, 50 or more", "torso, 5 to 49", "tail, 1 to 4", "unseen, 0")
 
 
@@ -38,7 +38,8 @@ def load(path: Path, name: str, data: stages.data.Data) -> tuple[np.ndarray, np.
     rows, fits = np.sort(labels, axis=-1), labels.ndim == 2 and labels.shape == scores.shape and labels.size
     if of != name or not fits or len(labels) != len(split) or labels.dtype.kind != "i":
         wrong = f"{of}: labels {labels.shape} {labels.dtype}, scores {scores.shape}; expected {name}: {len(split)} rows"
-    elif rows.min() < -1 or labels[:, 0].max() < 0 or rows.max() >= L or (np.diff(rows)[rows[:, 1:] >= 0] == 0).any():
+    elif rows.min() < -1 or not -1 < labels[:, 0].max() <= rows.max() < L or (
+            (rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0)).any():
         wrong = f"labels from {rows.min()} to {rows.max()}; expected 0 to {L - 1}, each once for a document, or -1"
     elif not (scores.min() >= 0 and scores.max() <= 1) or (scores[:, 1:] > scores[:, :-1]).any():
         wrong = f"scores from {scores.min()} to {scores.max()}; expected probabilities, the best first, 0 for label -1"
@@ -144,6 +145,8 @@ def calibration(scores: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
 
 def isotonic(scores: np.ndarray, right: np.ndarray, new: np.ndarray) -> np.ndarray:
     """The scores `new`, calibrated by isotonic regression of `right` on `scores`, linear between them; -1 stays."""
+    from scipy.optimize import isotonic_regression  # slow to import, and seldom needed
+
     x, inverse, n = np.unique(scores[scores >= 0], return_inverse=True, return_counts=True)
     y = isotonic_regression(np.bincount(inverse, right[scores >= 0]) / n, weights=n).x
     return np.where(new < 0, -1, np.interp(new, x, y))
@@ -151,10 +154,7 @@ def isotonic(scores: np.ndarray, right: np.ndarray, new: np.ndarray) -> np.ndarr
 
 def run(config: Config) -> None:
     at, folder, data = artifacts.int_list(config.at, "--at"), Path(config.run), stages.data.load(config.run)
-    try:
-        a, b = (float(part) for part in config.propensity.split(","))
-    except ValueError:
-        raise UserError(f"--propensity {config.propensity}: expected two numbers such as 0.55,1.5") from None
+    a, b = artifacts.pair(config.propensity, "--propensity")
     files = {"test": folder / "predictions.npz", "val": folder / "predictions.val.npz"}
     found = {s: load(path, s, data) for s, path in files.items() if s == "test" or path.exists()}
     top = {(s, j): [array[:, :j].ravel() for array in part[1:]] for s, part in found.items() for j in (1, 5)}
@@ -189,8 +189,8 @@ def run(config: Config) -> None:
     for target in (0.95, 0.9):
         t, share = coverage(*top["val", 1], target)
         n, k = (scores[:, 0] >= t).sum(), right[scores[:, 0] >= t, 0].sum()
-        low, high = binomtest(k, n).proportion_ci(method="wilson") if n else (np.nan, np.nan)
-        cells = share, n / len(split), k / n if n else np.nan, low, high, coverage(*top["test", 1], target)[1]
+        middle, half = (k + Z2 / 2) / (n + Z2), np.sqrt(Z2 * (k * (n - k) / max(n, 1) + Z2 / 4)) / (n + Z2)  # Wilson's
+        cells = share, n / len(split), k / max(n, 1), middle - half, middle + half, coverage(*top["test", 1], target)[1]
         row(f"{100 * target:.0f} right on validation: scores of at least {t:.4g}", [100 * cell for cell in cells])
     for j in (1, 5) if config.isotonic else ():
         row(f"ECE@{j} after isotonic", [calibration(isotonic(*top["val", j], top["test", j][0]), top["test", j][1])])
