@@ -243,11 +243,11 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
 
 def load(folder: str | Path, data: data_stage.Data, build: Callable = model_stage.build) -> tuple:
     """(model, its settings, the ranking chosen on validation) from RUN/model.pt; needs no hub."""
-    content, _ = load_pt(Path(folder) / "model.pt")
+    content, meta = load_pt(Path(folder) / "model.pt")
     config = Config(run=str(folder), **content["config"])
     encoder = artifacts.bare_encoder(content["encoder"], content["model"])
     model = build(data, tree_stage.load(folder), config, encoder)
-    model.load_state_dict(content["model"])
+    artifacts.set_weights(model, content["model"], Path(folder) / "model.pt", meta["stage"])
     model.amp = config.amp
     return model, config, content["ranking"]
 

@@ -365,6 +365,15 @@ def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> nn.Module:
                         ) from error
 
 
+def set_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, made_by: str) -> None:
+    """UserError where the weights are not those of such a model: a variant's, say."""
+    try:
+        model.load_state_dict(weights)
+    except RuntimeError as error:
+        raise UserError(f"{path} was made by {made_by}, and its weights are not those of this model "
+                        f"({str(error).splitlines()[-1].strip():.80}); {_anew(path)}") from error
+
+
 def without_waiting(backbone: nn.Module) -> nn.Module:
     """The same encoder, with an attention mask for every batch. By itself the library asks the device first whether
     anything is padded, and a GPU's queue runs empty meanwhile."""

@@ -300,6 +300,14 @@ def test_all_systems_side_by_side(run, capsys):
     assert printed.count("+-") == 1 + len(compare.SYSTEMS)
 
 
+def test_a_staged_model_is_not_taken_for_a_cascade(run):
+    """After the test of all systems, which trains it."""
+    folder = run / xr_transformer.NAME
+    with pytest.raises(UserError, match="was made by variants/xr_transformer.py, and its weights are not"):
+        stages.train.load(folder, stages.data.load(folder))
+    assert isinstance(ranker.load_model(str(folder))[0], xr_transformer.XRTransformer)
+
+
 def test_what_cannot_be_is_refused(run, tmp_path):
     for module, flags, message in ((xr_transformer, {"warm": "hot"}, "--warm hot"),
                                    (ranker, {"features": "none"}, "--features none")):
