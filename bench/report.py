@@ -74,8 +74,8 @@ def main() -> None:
         peak = peak_bytes(measured)
         wall, cpu = time.perf_counter() - wall, time.process_time() - cpu
     what = f"report of {args.documents:,} documents, {args.labels:,} labels, top {args.k}"
-    row(f"{what}: seconds", wall, "< 20", ".1f")
-    row(f"{what}: CPU seconds", cpu, "", ".1f")
+    row(f"{what}: seconds", wall, "", ".1f")
+    row(f"{what}: CPU seconds", cpu, "< 20", ".1f")
     row(f"{what}: peak memory, GiB", peak / 2**30)
     print(printed.getvalue())
 

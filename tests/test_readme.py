@@ -133,6 +133,16 @@ def test_the_table_of_artifacts_is_what_the_scripts_write(demo):
     assert labels.shape == (4642, 100) and len(np.unique(labels[0])) > 5
 
 
+def test_the_pictures_are_there_and_their_command_makes_them(demo):
+    image = pytest.importorskip("matplotlib.image", reason="tools/plots.py draws with matplotlib")
+    pictures, (command,) = re.findall(r"\]\((\S+\.png)\)", README), re.findall(r"`(python -m tools\.plots)`", README)
+    printed = shell(f"{command} --run {demo[1]}", ROOT)
+    assert len(pictures) == 2 and printed.count(".png: ") == 6
+    for path in [ROOT / picture for picture in pictures]:
+        shown, made = (image.imread(one) for one in (path, demo[1] / f"plot-{path.name}"))
+        assert shown.shape[:2] == made.shape[:2] and path.stat().st_size < 80_000, f"copy plot-{path.name} there again"
+
+
 def test_the_readme_is_short_and_names_only_flags_that_exist():
     assert len(README.splitlines()) <= 250
     flags = set(re.findall(r"--[a-z][a-z0-9-]+", README))

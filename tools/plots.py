@@ -25,8 +25,7 @@ import numpy as np
 import artifacts
 from tools import report
 
-stages, FIRST = artifacts.stages(), 5  # FIRST: predicted labels that a reader looks at
-FEW = 10  # first predictions: a share of fewer says nothing
+stages, FIRST, FEW = artifacts.stages(), 5, 10  # predicted labels that a reader looks at; a share of fewer says nothing
 CLASSES = ["0", "1", *(f"{1 << i}-{(2 << i) - 1}" for i in range(1, 10)), "1,024+"]  # training documents of a label
 STYLES = [*zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"), "os^Dv", strict=True)]  # colour-blind-safe
 
@@ -124,8 +123,7 @@ def draw_coverage(figure: Any, score_N: np.ndarray, right_N: np.ndarray) -> str:
     """Precision of first labels, surest first; score -1: none."""
     axis, (share_M, right_M), said = figure.subplots(), report.precision_coverage(score_N, right_N), []
     for target, (color, _) in zip((95, 90), STYLES[1:], strict=False):
-        share = 100 * report.coverage(score_N, right_N, target / 100)[1]
-        said.append(f"{target}% right: the surest {share:.1f}%")
+        said.append(f"{target}% right: the surest {100 * report.coverage(score_N, right_N, target / 100)[1]:.1f}%")
         axis.axhline(target, color=color, linestyle="--", label=said[-1])
     plot(axis, 100 * share_M, {"first labels": 100 * right_M}, "documents, surest first, %", "right, %", ylim=(0, 102))
     return f"first label {'; '.join(said)} of the documents"
@@ -165,6 +163,7 @@ def draw_tree(figure: Any, names_C: list[list[str]], pairs_C: np.ndarray, found_
 def run(config: Config) -> None:
     try:
         from matplotlib.figure import Figure  # without pyplot: drawn by Agg, with no screen
+        from PIL import Image  # comes with it
     except ImportError:
         raise artifacts.UserError("pictures need matplotlib: pip install matplotlib") from None
     out = Path(config.run)
@@ -193,6 +192,7 @@ def run(config: Config) -> None:
         with warnings.catch_warnings(record=True) as caught:  # of letters that no font here has
             figure.suptitle(said := draw(figure, *values), fontsize=10)
             figure.savefig(path)
+        Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE).save(path, optimize=True)  # a third
         print(f"{path}: {said}" + (f"; {len(caught)} warnings: {caught[0].message}" if caught else ""))
 
 
