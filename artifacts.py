@@ -5,7 +5,7 @@ stage that wrote it, that stage's settings, the library versions and the sha256 
 Nothing in here executes what it reads: no pickle, np.load(allow_pickle=False), torch.load(weights_only=True).
 
 The transformers library is imported inside the functions that need it: its models take longer to import than torch and
-everything else that a prediction needs.
+everything else together, and much here has no need of them.
 """
 
 import argparse
@@ -24,7 +24,6 @@ import threading
 import time
 import zipfile
 from collections.abc import Callable, Iterator
-from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
@@ -33,7 +32,6 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import nn
 
 try:
@@ -284,62 +282,12 @@ def tiny_bert(depth: int, width: int, meta: dict) -> nn.Module:
         hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
 
 
-class Bert(nn.Module):
-    """BERT as the transformers library computes it, with its names of the weights and its order of random numbers: so a
-    trained model answers without the import of that library's models."""
-
-    def __init__(self, config: dict) -> None:
-        super().__init__()
-        self.config = c = SimpleNamespace(**config)
-        n, tables = c.hidden_size, {"word": c.vocab_size, "position": c.max_position_embeddings,
-                                    "token_type": c.type_vocab_size}
-        if c.num_attention_heads < 1 or n % c.num_attention_heads:
-            raise ValueError(f"{c.num_attention_heads} heads of {n} features")
-
-        def joint(width: int) -> nn.ModuleDict:
-            return nn.ModuleDict({"dense": nn.Linear(width, n), "LayerNorm": nn.LayerNorm(n, c.layer_norm_eps)})
-
-        def layer() -> nn.ModuleDict:
-            attention = {"self": nn.ModuleDict({name: nn.Linear(n, n) for name in ("query", "key", "value")}),
-                         "output": joint(n)}
-            return nn.ModuleDict({"attention": nn.ModuleDict(attention), "output": joint(c.intermediate_size),
-                                  "intermediate": nn.ModuleDict({"dense": nn.Linear(n, c.intermediate_size)})})
-
-        # From an empty table: drawing random weights, on the device "meta", imports the compiler.
-        self.embeddings = nn.ModuleDict({f"{name}_embeddings": nn.Embedding.from_pretrained(torch.empty(size, n), False)
-                                         for name, size in tables.items()})
-        self.embeddings["LayerNorm"] = nn.LayerNorm(n, c.layer_norm_eps)
-        self.encoder = nn.ModuleDict({"layer": nn.ModuleList(layer() for _ in range(c.num_hidden_layers))})
-
-    def get_input_embeddings(self) -> nn.Embedding:
-        return self.embeddings.word_embeddings
-
-    def drop(self, x: torch.Tensor) -> torch.Tensor:
-        return F.dropout(x, self.config.hidden_dropout_prob, self.training)
-
-    def forward(self, input_ids: torch.Tensor, attention_mask: torch.Tensor, output_hidden_states: bool) -> Any:
-        """hidden_states: of the embeddings and of every layer, (B, T, D)."""
-        def add(part: nn.ModuleDict, x: torch.Tensor, before: torch.Tensor) -> torch.Tensor:
-            return part.LayerNorm(self.drop(part.dense(x)) + before)
-
-        table, mask = self.embeddings, attention_mask.bool()[:, None, None]
-        x = table.word_embeddings(input_ids) + table.token_type_embeddings.weight[0]
-        x = self.drop(table.LayerNorm(x + table.position_embeddings.weight[: x.shape[1]]))
-        states, heads = [x], (*x.shape[:2], self.config.num_attention_heads, -1)
-        for layer in self.encoder.layer:
-            read = (part(x).view(heads).transpose(1, 2) for part in layer.attention.self.values())
-            rate = self.config.attention_probs_dropout_prob if self.training else 0.0
-            seen = F.scaled_dot_product_attention(*read, mask, rate).transpose(1, 2).reshape(x.shape)
-            x = add(layer.attention.output, seen, x)
-            x = add(layer.output, F.gelu(layer.intermediate.dense(x)), x)
-            states.append(x)
-        return SimpleNamespace(hidden_states=states)
-
-
 def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> nn.Module:
     """An encoder from its stored configuration, without weights; needs no hub. The configuration may come from
     anywhere: whatever makes the library fetch code is left out, and UserError is raised before an encoder is made that
     is bigger than the `weights` that belong to it."""
+    from transformers import AutoConfig, AutoModel
+
     safe = {key: value for key, value in config.items()
             if not key.startswith("_") and key not in ("auto_map", "attn_implementation", "quantization_config")}
     kind = str(safe.pop("model_type", ""))
@@ -348,18 +296,13 @@ def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> nn.Module:
         layers = [value for key, value in safe.items() if key.endswith("layers") and not isinstance(value, list)]
         if any(value is not None and (not isinstance(value, int) or value > len(weights)) for value in layers):
             raise ValueError(f"{layers} layers")
-        if kind == "bert" and safe.get("hidden_act") == "gelu" and safe.get("is_decoder") is False:
-            make = partial(Bert, safe)
-        else:
-            from transformers import AutoConfig, AutoModel
-
-            make = partial(AutoModel.from_config, AutoConfig.for_model(kind, **safe))
+        shape = AutoConfig.for_model(kind, **safe)
         with torch.device("meta"):
-            model = make()
+            model = AutoModel.from_config(shape)
             claimed = sum(tensor.numel() for tensor in (*model.parameters(), *model.buffers()))
         if claimed > 2 * sum(weight.numel() for weight in weights.values()) + 2**24:
             raise ValueError(f"{claimed:,} parameters")
-        return make()
+        return AutoModel.from_config(shape)
     except (ValueError, TypeError, KeyError, RuntimeError, AttributeError) as error:
         raise UserError(f"model.pt: its encoder's configuration does not fit its weights ({error}); train it again"
                         ) from error
@@ -377,7 +320,7 @@ def set_weights(model: nn.Module, weights: dict[str, torch.Tensor], path: Path, 
 def without_waiting(backbone: nn.Module) -> nn.Module:
     """The same encoder, with an attention mask for every batch. By itself the library asks the device first whether
     anything is padded, and a GPU's queue runs empty meanwhile."""
-    if getattr(backbone.config, "_attn_implementation", "") == "sdpa":
+    if backbone.config._attn_implementation == "sdpa":
         from transformers import AttentionInterface, AttentionMaskInterface
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
         from transformers.masking_utils import sdpa_mask

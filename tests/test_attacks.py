@@ -258,17 +258,12 @@ def test_an_encoder_in_a_model_cannot_fetch_code_or_take_all_memory(done):
     honest, weights = content["encoder"], content["model"]
     evil = {"auto_map": {"AutoModel": "evil--repo.Model"}, "_attn_implementation": "evil/kernel",
             "attn_implementation": "evil/kernel", "_attn_implementation_internal": "evil/kernel"}
-    assert "evil" not in str(artifacts.bare_encoder(honest | evil, weights).config)
-    encoder = artifacts.bare_encoder(honest | evil | {"model_type": "electra"}, weights)
-    assert type(encoder).__module__.startswith("transformers.models.electra")
+    encoder = artifacts.bare_encoder(honest | evil, weights)
+    assert type(encoder).__module__.startswith("transformers.models.bert")
     assert "evil" not in str(encoder.config.to_dict()) and "evil" not in str(encoder.config._attn_implementation)
     before = peak()
     for changes in ({"num_hidden_layers": 10**9}, {"num_hidden_layers": "many"}, {"intermediate_size": 2**40},
                     {"hidden_size": 2**20, "num_attention_heads": 1}, {"vocab_size": 10**11}, {"model_type": "evil"}):
-        for kind in ("bert", "electra"):  # one is made here, the other by the library
-            with pytest.raises(UserError, match="its encoder's configuration does not fit its weights"):
-                artifacts.bare_encoder(honest | {"model_type": kind} | changes, weights)
-    for changes in ({"num_attention_heads": 7}, {"num_attention_heads": 0}, {"type_vocab_size": "many"}):
         with pytest.raises(UserError, match="its encoder's configuration does not fit its weights"):
             artifacts.bare_encoder(honest | changes, weights)
     distil = {"model_type": "distilbert", "n_layers": 10**6, "dim": 8, "hidden_dim": 8, "n_heads": 1}

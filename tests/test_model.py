@@ -324,27 +324,6 @@ def test_encoders_of_every_family(family, pooling):
         model_stage.Encoder(backbone, pooling, 41)
 
 
-@pytest.mark.parametrize("training", [False, True])
-@pytest.mark.parametrize("amp", [False, True])
-def test_bert_without_the_library_is_that_of_the_library(training, amp):
-    """Bit for bit, with dropout and without; for other kinds of BERT, and for other encoders, the library is taken."""
-    shape = transformers.BertConfig(vocab_size=60, hidden_size=32, num_hidden_layers=3, num_attention_heads=2,
-                                    intermediate_size=48, max_position_embeddings=40, pad_token_id=1)
-    theirs = transformers.BertModel(shape, add_pooling_layer=False)
-    ours = artifacts.bare_encoder(shape.to_dict(), theirs.state_dict())
-    ours.load_state_dict(theirs.state_dict())
-    assert isinstance(ours, artifacts.Bert) and artifacts.positions(ours) == artifacts.positions(theirs) == 40
-    found, ids = [], torch.randint(2, 60, (5, 17))
-    mask = (torch.arange(17) < torch.tensor([[17], [3], [9], [1], [16]])).long()
-    for backbone in (artifacts.without_waiting(theirs).train(training), ours.train(training)):
-        torch.manual_seed(0)
-        with torch.autocast("cpu", torch.bfloat16, enabled=amp):
-            found.append(backbone(input_ids=ids, attention_mask=mask, output_hidden_states=True).hidden_states)
-    assert all(torch.equal(*pair) for pair in zip(*found, strict=True)) and len(found[0]) == 4
-    for other in ({"hidden_act": "relu"}, {"is_decoder": True}, {"model_type": "electra"}):
-        assert not isinstance(artifacts.bare_encoder(shape.to_dict() | other, theirs.state_dict()), artifacts.Bert)
-
-
 def test_positions_start_behind_the_padding_id_in_roberta():
     config = transformers.RobertaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                         intermediate_size=16, max_position_embeddings=40, pad_token_id=1)

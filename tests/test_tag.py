@@ -158,10 +158,9 @@ def test_one_text(done, corpus, expected, capsys):
     assert "none of the 5 best labels" in capsys.readouterr().out
 
 
-def test_a_quick_start_imports_neither_models_nor_compilers(done):
-    """transformers and torch._dynamo take longer to import than all else that a tag needs."""
+def test_what_needs_no_encoder_does_not_wait_for_the_library():
+    """transformers and torch._dynamo take longer to import than all else; tools start, and show their help, without."""
     code = ("import sys; from tools import compare, plots, report, tag; "
-            f"tag.run(tag.Config(run={str(done)!r}, text='word1x1')); "
             "print([name for name in ('transformers', 'torch._dynamo', 'sympy', 'scipy.optimize', 'scipy.stats') "
             "if name in sys.modules])")
     found = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
