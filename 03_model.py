@@ -32,6 +32,7 @@ tree_stage = import_module("02_label_tree")
 
 RECIPES = {"tiny": {"max_len": 64, "pooling": "mean"}, "pretrained": {"max_len": 128, "pooling": "first"}}
 CHUNK = {"cpu": 2**17, "cuda": 2**25}  # label weights that are worked on at a time: on a CPU, what its caches hold
+DROPOUT = {3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5)}  # by the number of levels, as published; else 0.3
 RANKINGS = ("parent", "path", "label")  # p(label) p(its cluster); the product down the whole path; p(label)
 
 
@@ -185,8 +186,7 @@ class Cascade(nn.Module):
         self.heads = nn.ModuleList(Head(n, fan, width, sparse=n == self.counts[-2])
                                    for n, fan in zip(self.counts, fans, strict=False))
         self.join = nn.ModuleList(nn.Linear(len(g) * width, width) if len(g) > 1 else nn.Identity() for g in layers)
-        rates = {3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5)}.get(n_levels, (0.3,) * n_levels)  # as published
-        self.dropout = nn.ModuleList(nn.Dropout(rate) for rate in rates)
+        self.dropout = nn.ModuleList(nn.Dropout(rate) for rate in DROPOUT.get(n_levels, (0.3,) * n_levels))
         slots = torch.from_numpy(tree.slot_to_label).long()
         self.slot_to_label = nn.Buffer(slots, persistent=False)
         self.label_to_slot = nn.Buffer(slots.argsort()[(slots < 0).sum() :], persistent=False)  # empty ones sort first
@@ -198,7 +198,7 @@ class Cascade(nn.Module):
         kind, dtype = batch.ids_BT.device.type, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
         with torch.autocast(kind, dtype, enabled=dtype is not None):
             pooled = (encoder or self.encoder)(batch.ids_BT, batch.mask_BT, set(sum(self.layers, [])))
-        return [join(torch.cat([pooled[layer] for layer in group], dim=1).to(self.heads[0].weight.dtype))
+        return [join(torch.cat([pooled[layer] for layer in group], dim=1).to(self.heads[0].bias.dtype))
                 for group, join in zip(self.layers, self.join, strict=True)]
 
     def descend(self, features: list[Tensor], batch: data_stage.Batch, teacher: bool) -> Iterator[Level]:

@@ -97,7 +97,7 @@ def test_a_pretrained_encoder_as_in_the_results(tmp_path):
     transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **shape)).half().save_pretrained(encoder)
     run = tmp_path / "run"
     for command in COMMANDS[3].strip().splitlines():
-        for word, ours in (("runs/eurlex", str(run)), ("eurlex57k-titles", str(folder)), ("64,384", "4"),
+        for word, ours in (("runs/eurlex", str(run)), ("--corpus eurlex57k", f"--corpus {folder}"), ("64,384", "4"),
                            ("all-MiniLM-L6-v2", str(encoder))):
             command = command.replace(word, ours)
         printed = shell(command, ROOT)

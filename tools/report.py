@@ -188,9 +188,9 @@ def run(config: Config) -> None:
     row("\nfirst predictions, %: coverage", ["val", "test", "right", "95% from", "to", "oracle"], ">9")
     for target in (0.95, 0.9):
         t, share = coverage(*top["val", 1], target)
-        n, k = (scores[:, 0] >= t).sum(), right[scores[:, 0] >= t, 0].sum()
-        middle, half = (k + Z2 / 2) / (n + Z2), np.sqrt(Z2 * (k * (n - k) / max(n, 1) + Z2 / 4)) / (n + Z2)  # Wilson's
-        cells = share, n / len(split), k / max(n, 1), middle - half, middle + half, coverage(*top["test", 1], target)[1]
+        n, p = (above := scores[:, 0] >= t).sum(), right[above, 0].mean() if above.any() else np.nan
+        middle, half = (n * p + Z2 / 2) / (n + Z2), np.sqrt(Z2 * (n * p * (1 - p) + Z2 / 4)) / (n + Z2)  # Wilson's
+        cells = share, n / len(split), p, middle - half, middle + half, coverage(*top["test", 1], target)[1]
         row(f"{100 * target:.0f} right on validation: scores of at least {t:.4g}", [100 * cell for cell in cells])
     for j in (1, 5) if config.isotonic else ():
         row(f"ECE@{j} after isotonic", [calibration(isotonic(*top["val", j], top["test", j][0]), top["test", j][1])])

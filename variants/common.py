@@ -1,8 +1,8 @@
 """What the variants share: a run folder inside that of the cascade, with its data and its settings.
 
 A variant is trained on the same documents, with the same encoder, label tree, number of passes and rates as the cascade
-in RUN, whose settings are read from RUN/model.pt. What it makes lies in RUN/NAME, a run folder like any other:
-tools.report, tools.compare and tools.tag work there.
+in RUN, whose settings are read from RUN/model.pt. What it makes lies in RUN/NAME, a run folder: tools.report and
+tools.compare work there, and what stages 4 and 5 trained, one_vs_all and light_xml, is read by the other tools too.
 """
 
 import os
@@ -29,7 +29,8 @@ def folder(run: str, name: str, *files: str) -> Path:
     out = Path(run) / name
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
-        artifacts.load_npz(Path(run) / file)  # what is missing or damaged is said of the folder it belongs to
+        load = artifacts.load_npz if file.endswith(".npz") else artifacts.load_pt
+        load(Path(run) / file)  # what is missing or damaged is said of the folder it belongs to
         (out / file).unlink(missing_ok=True)
         try:
             os.link(Path(run) / file, out / file)  # stages never write into a file: they put a new one in its place
@@ -50,6 +51,8 @@ def train_on_tree(run: str, name: str, levels: Callable[[list[int]], list[int]],
     config, tree = cascade_settings(run, out, **changes), stages.tree.load(run)
     stages.data.load(out)
     kept = levels(tree.levels)
+    for path in out.glob("checkpoint*.pt"):  # a variant that was interrupted starts over
+        path.unlink()
     # A leaf cluster's width belongs to the leaf level; without it there are no clusters to fill up.
     slots = tree.slot_to_label if tree.levels[-1] in kept else tree.slot_to_label[tree.slot_to_label >= 0]
     artifacts.save_npz(out / "tree.npz", stages.tree.Config(run=str(out), levels=",".join(map(str, kept))),
@@ -70,12 +73,12 @@ def test(out: Path, model, config: stages.train.Config, name: str, seconds: floa
 
 
 def save_predictions(out: Path, data: stages.data.Data, labels_Nk: np.ndarray, scores_Nk: np.ndarray, name: str,
-                     seconds: float) -> None:
+                     seconds: float, made_from: tuple[str, ...] = ("data.npz", "tree.npz")) -> None:
     """Write predictions.npz of the test split, from log scores, with how long the training took; print its metrics."""
     config = stages.eval.Config(run=str(out), k=labels_Nk.shape[1])
     artifacts.save_npz(out / "predictions.npz", config,
                        {"labels": labels_Nk.astype(np.int32), "scores": np.exp(scores_Nk).astype(np.float32)},
-                       made_from=("data.npz", "tree.npz"), stage=f"variants/{name}.py", ranking=name, seconds=seconds)
+                       made_from=made_from, stage=f"variants/{name}.py", ranking=name, seconds=seconds)
     train, split = data.splits["train"], data.splits["test"]
     weight_L = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
     print(f"{'%':34}" + "".join(f"{column:>7}" for column in stages.eval.COLUMNS))

@@ -10,9 +10,11 @@ Writes   RUN/{ranker,ranker-sparse,xr_transformer,xr_transformer/ranker,one_vs_a
 Metrics are of the test split. The paired bootstrap draws the test documents anew, the same ones for the two systems,
 each document with its mean over the runs: the middle 95% of a system minus the cascade. What it says is about which
 documents are in the split; what the seed of training does is the standard deviation.
-Training time: the steps as the logs have them, without validation; for a ranker, its model's and its own; of
-XR-Transformer also what it finds between the stages. Documents per second: the systems of the first run in turn, in
-this process. Parameters: those that prediction needs, in millions; of a ranker the weights that are left.
+Scored: labels scored for a document at most. Training time: the steps as the logs have them, without validation; of
+XR-Transformer also what it finds between the stages; of a ranker its model's and its own. Documents per second: the
+systems of the first run in turn, in this process. Parameters: those that prediction needs here, in millions; of
+XR-Transformer an encoder for each stage (its authors throw all but the last away), of a ranker the weights that are left.
+All but XR-Transformer keep the epoch that is best on validation.
 """
 
 import json
@@ -24,7 +26,7 @@ from pathlib import Path
 import numpy as np
 
 import artifacts
-from artifacts import flag, positive
+from artifacts import UserError, flag, positive
 from tools.compare import COLUMNS as ADDED
 from tools.compare import bootstrap, contributions, load_predictions
 from variants import light_xml, one_vs_all, ranker, xr_transformer
@@ -62,24 +64,38 @@ def training_seconds(folder: Path) -> float:
     return float((batches / rates).sum())
 
 
-def predictor(run: str, name: str, documents: int) -> tuple[Callable[[], object], float]:
-    """(a pass of a system over some test documents, its parameters in millions)."""
+def check(run: Path, folder: str, on: str) -> None:
+    """UserError unless a system in RUN was made from the cascade that is there now."""
+    same = {"data.npz": artifacts.load_npz(run / "data.npz")[1]["sha256"]}
+    meta = artifacts.load_npz(run / folder / "predictions.npz")[1]
+    if "ranker" in folder:
+        same["model.pt"] = artifacts.load_pt(run / on / "model.pt")[1]["sha256"]
+    settings = [artifacts.load_pt(run / place / "model.pt")[0]["config"] for place in ("", on or folder)]
+    if any(meta["made_from"][name] != digest for name, digest in same.items()) or any(
+            one[key] != settings[0][key] for one in settings for key in one if key not in ("topk", "layers")):
+        raise UserError(f"{run / folder} was made from other data, or beside a cascade with other settings or weights, "
+                        f"than those in {run}; delete it, and it is made again")
+
+
+def predictor(run: str, name: str, documents: int) -> tuple[Callable[[], object], int, float]:
+    """(a pass of a system over some test documents, labels scored for each, its parameters in millions)."""
     folder, module, on, _ = SYSTEMS[name]
     at = Path(run) / (on if module is ranker else folder)
-    data, (model, settings, ranking) = stages.data.load(at), ranker.load_model(str(at))
+    data, (model, settings, ranking) = stages.data.load(at), ranker.load_model(at, getattr(module, "build", None))
     split, size = data.splits["test"], sum(parameter.numel() for parameter in model.parameters())
-    few = stages.data.Split(split.ids, split.offsets[: documents + 1], split.labels,
-                            split.label_offsets[: documents + 1])
+    scored = [1, *model.topk][-1] * (model.counts[-1] // model.counts[-2])
+    ends = [offsets[: documents + 1] for offsets in (split.offsets, split.label_offsets)]
+    few = stages.data.Split(split.ids[: ends[0][-1]], ends[0], split.labels[: ends[1][-1]], ends[1])
     data = data._replace(splits=data.splits | {"test": few}, known={})
     if module is ranker:
         predict, n = ranker.load(Path(run) / folder)
-        return partial(predict, model, data, settings, ranking), (size + n) / 1e6
+        return partial(predict, model, data, settings, ranking), scored, (size + n) / 1e6
 
     def one(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
         return {"labels": model.predict(batch, k, ranking)[0].cpu().numpy()}
 
     return partial(artifacts.over_split, model, data, "test", settings.max_len, 2 * settings.batch_size, one, 100
-                   ), size / 1e6
+                   ), scored, size / 1e6
 
 
 def measure(folder: Path) -> tuple[list[float], np.ndarray]:
@@ -101,17 +117,19 @@ def run(config: Config) -> None:
             if not (Path(run) / folder / "predictions.npz").exists():
                 print(f"\n{name} in {run}", flush=True)
                 module.run(module.Config(run=str(Path(run) / on), **flags))
+            check(Path(run), folder, on)
     passes = {name: predictor(runs[0], name, config.documents) for name in SYSTEMS}
-    seconds = artifacts.in_turn({name: run for name, (run, _) in passes.items()}, rounds=3)
+    seconds = artifacts.in_turn({name: run for name, (run, *_) in passes.items()}, rounds=3)
     n = min(config.documents, len(stages.data.load(runs[0]).splits["test"]))
-    titles = [f"{metric}@{j}" for metric, j in METRICS] + ["train s", "doc/s", "M par."]
+    titles = [f"{metric}@{j}" for metric, j in METRICS] + ["scored", "train s", "doc/s", "M par."]
     print(f"\n{f'%, mean of {len(runs)} runs; +- standard deviation':44}" + "".join(f"{t:>8}" for t in titles))
     added, differences = {}, []
     for name, (folder, *_) in SYSTEMS.items():
         values, parts = zip(*(measure(Path(run) / folder) for run in runs), strict=True)
-        cost = [np.mean([training_seconds(Path(run) / folder) for run in runs]), n / seconds[name], passes[name][1]]
+        took = np.mean([training_seconds(Path(run) / folder) for run in runs])
+        cost = [passes[name][1], took, n / seconds[name], passes[name][2]]
         print(f"{name:44}" + "".join(f"{value:8.2f}" for value in np.mean(values, axis=0))
-              + "".join(f"{value:8,.{digits}f}" for value, digits in zip(cost, (0, 0, 1), strict=True)))
+              + "".join(f"{value:8,.{digits}f}" for value, digits in zip(cost, (0, 0, 0, 1), strict=True)))
         if len(runs) > 1:
             print(f"{'  +-':44}" + "".join(f"{value:8.2f}" for value in np.std(values, axis=0, ddof=1)))
         added[name] = np.mean(parts, axis=0)

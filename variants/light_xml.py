@@ -8,11 +8,12 @@ Writes   RUN/light_xml/    a run folder: tree.npz, model.pt, predictions.npz, ..
 What differs from the cascade:
 
 - one cluster level, the finest one of the same tree, and the labels;
-- one feature for both: the last five hidden states side by side, or as many layers as the encoder has, through one
+- one feature for both: the last five hidden states side by side, up to the last that the cascade reads, through one
   linear map. Clusters and labels pull on the same numbers, where the cascade gives each resolution its own layer.
 
-Everything else, the shortlist with its hard negatives, loss, optimisers and passes, is the cascade's. Of the authors'
-model this leaves out the narrower feature that their labels read, and stochastic weight averaging. To take the layers
+The shortlist with its hard negatives, loss, optimisers and passes are the cascade's; dropout is 0.3 at both levels,
+what stage 3 gives to two. Of the authors' model this leaves out weight averaging and the order of things in the middle:
+their clusters read the hidden states side by side, and their labels a narrower feature made of them. To take the layers
 apart from the number of levels, train the cascade itself on one layer: 04_train.py --layers 12,12,12.
 """
 

@@ -12,7 +12,8 @@ shortlist is everything, there are no negatives to choose, and p(label) is train
 - a step costs B * L * D, and its memory holds logits (B, L): fine for ten thousand labels, not for millions;
 - scores need no parent: the ranking is p(label).
 
-The rows of the labels are trained by RowAdam, as the cascade's are, and with the dropout of the cascade's label level.
+The rows of the labels are trained by RowAdam, as the cascade's are, with the dropout that the cascade's label level has
+with two cluster levels, 0.4.
 """
 
 import artifacts
@@ -24,7 +25,7 @@ NAME = "one_vs_all"
 def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, backbone=None):
     """A Cascade without cluster levels. `tree`: root and slots only."""
     model = stages.model.build(data, tree, config, backbone)
-    model.dropout[0].p = 0.4
+    model.dropout[0].p = stages.model.DROPOUT[3][-1]
     return model
 
 

@@ -1,7 +1,7 @@
 """A linear ranker on [TF-IDF ; dense feature] reorders the labels that a trained model finds.
 
     python -m variants.ranker --run runs/demo                       on the cascade
-    python -m variants.ranker --run runs/demo/xr_transformer        on XR-Transformer: its published form
+    python -m variants.ranker --run runs/demo/xr_transformer        on XR-Transformer: its published form, made small
     python -m variants.ranker --run runs/demo --features sparse     one of the two parts alone
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt
@@ -13,14 +13,17 @@ squared hinge tells its own documents from those whose shortlist it is on, the n
 
     min_w  |w|^2 / 2 + C sum_i max(0, 1 - y_i w.x_i)^2,        x = [TF-IDF, all tokens ; last layer's feature ; 1]
 
-each part at length 1. Weights below 1e-3 are dropped, and a label's score is the model's times exp(-max(0, 1 - w.x)^3).
-The shortlists of training documents come from the model that was trained on them, as in the authors' code. Labels of a
-leaf cluster are on nearly the same shortlists, so a cluster is one problem with several right-hand sides:
-variants/svm.py, a cluster on each core. Left out: the authors train a whole chain of rankers, on a new tree.
+each part at length 1. Weights below 1e-3 are dropped. A label's score is p^a exp(-max(0, 1 - w.x)^3), where p is the
+model's; a is 1 in the papers and chosen on validation here, from POWERS: an encoder far from its end should have less
+of a say. The shortlists of training documents come from the model that was trained on them, as in the authors' code.
+Labels of a leaf cluster are on nearly the same shortlists: one problem with several right-hand sides, variants/svm.py.
+Left out: the authors train a whole chain of rankers, on a new tree. To predict, all labels are scored for a chunk of
+documents at once, which is quick for tens of thousands of labels.
 
 Shapes   N documents, n those of one cluster, F its labels, V vocabulary, D width (+ 1), k labels of a shortlist
 """
 
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +42,7 @@ from variants.common import stages
 from variants.svm import fit
 
 DROP = 1e-3  # weights below it are left out
+POWERS = (1.0, 0.5, 0.25, 0.1)  # of the model's score
 
 
 @dataclass(frozen=True)
@@ -48,10 +52,10 @@ class Config(common.Config):
     c: float = flag(1.0, "weight of the loss against |w|^2 / 2", rate)
 
 
-def load_model(folder: str) -> tuple:
+def load_model(folder: str | Path, build: Callable | None = None) -> tuple:
     """(model, its settings, its ranking), of stage 4 or of XR-Transformer, ready to predict."""
     data, made_by = stages.data.load(folder), artifacts.load_pt(Path(folder) / "model.pt")[1]["stage"]
-    build = xr_transformer.build if xr_transformer.NAME in made_by else stages.model.build
+    build = build or (xr_transformer.build if xr_transformer.NAME in made_by else stages.model.build)
     model, *rest = stages.train.load(folder, data, build)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), *rest
 
@@ -113,7 +117,7 @@ def train(X_NV: csr_matrix, E_ND: np.ndarray, split: stages.data.Split, labels_N
 
     dense_DL = np.zeros((E_ND.shape[1], len(slot_L)), np.float32)
     parts: list[list[np.ndarray]] = [[], [], []]
-    with ThreadPoolExecutor() as pool:  # scipy's and numpy's products leave Python's lock to the others
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # scipy's and numpy's products leave Python's lock to the others
         for leaf, (*found, dense) in enumerate(tqdm(pool.map(one, range(n_leaves)), "ranker", n_leaves, disable=None)):
             here = slots_CF[leaf] >= 0
             dense_DL[:, slots_CF[leaf, here]] = dense[:, here]
@@ -123,27 +127,32 @@ def train(X_NV: csr_matrix, E_ND: np.ndarray, split: stages.data.Split, labels_N
     return csr_matrix((weights, (words, labels)), shape=(X_NV.shape[1], len(slot_L))), dense_DL
 
 
-def rerank(X_NV: csr_matrix, E_ND: np.ndarray, labels_Nk: np.ndarray, scores_Nk: np.ndarray, W_VL: csr_matrix,
-           W_DL: np.ndarray, chunk: int = 256) -> tuple[np.ndarray, np.ndarray]:
-    """The shortlists in their new order, with their new log scores."""
-    scores_Nk = scores_Nk.copy()
-    for part in (slice(start, start + chunk) for start in range(0, len(labels_Nk), chunk)):
-        z_BL = (X_NV[part] @ W_VL).toarray() + E_ND[part] @ W_DL
-        scores_Nk[part] -= np.maximum(0, 1 - np.take_along_axis(z_BL, labels_Nk[part].clip(0), axis=1)) ** 3
-    order = np.argsort(-scores_Nk, axis=1, kind="stable")
-    return np.take_along_axis(labels_Nk, order, axis=1), np.take_along_axis(scores_Nk, order, axis=1)
+def slacks(X_NV: csr_matrix, E_ND: np.ndarray, labels_Nk: np.ndarray, W_VL: csr_matrix, W_DL: np.ndarray,
+           chunk: int = 256) -> np.ndarray:
+    """(N, k): max(0, 1 - w.x)^3 of each document's labels."""
+    parts = [slice(start, start + chunk) for start in range(0, len(labels_Nk), chunk)]
+    margins = [np.take_along_axis((X_NV[part] @ W_VL).toarray() + E_ND[part] @ W_DL, labels_Nk[part].clip(0), axis=1)
+               for part in parts]
+    return np.maximum(0, 1 - np.concatenate(margins)) ** 3
+
+
+def reorder(labels_Nk: np.ndarray, scores_Nk: np.ndarray, slack_Nk: np.ndarray, power: float) -> tuple:
+    """(labels, log scores) in the order of power * (the model's log score) - slack; -1 and -inf stay last."""
+    new_Nk = power * scores_Nk - slack_Nk
+    order = np.argsort(-new_Nk, axis=1, kind="stable")
+    return np.take_along_axis(labels_Nk, order, axis=1), np.take_along_axis(new_Nk, order, axis=1)
 
 
 def load(folder: Path) -> tuple[Callable, int]:
     """(a function that predicts and reorders the test split of a model, the number of weights) from RUN/ranker."""
     arrays, meta = artifacts.load_npz(folder / "ranker.npz")
-    config = Config(**meta["config"])
     shape = len(arrays["idf"]), arrays["dense"].shape[1]
     W_VL = csr_matrix((arrays["weights"], arrays["indices"], arrays["indptr"]), shape)
 
     def predict(model, data: stages.data.Data, settings: stages.train.Config, ranking: str) -> tuple:
-        *test, _ = look(model, data, "test", settings, ranking, config, arrays["idf"])
-        return rerank(*test, W_VL, arrays["dense"])
+        found = look(model, data, "test", settings, ranking, Config(**meta["config"]), arrays["idf"])
+        X_NV, E_ND, labels, scores, _ = found
+        return reorder(labels, scores, slacks(X_NV, E_ND, labels, W_VL, arrays["dense"]), meta["power"])
 
     return predict, W_VL.nnz + arrays["dense"].size
 
@@ -152,19 +161,27 @@ def run(config: Config) -> None:
     if config.features not in ("both", "sparse", "dense"):
         raise UserError(f"--features {config.features}: expected both, sparse or dense")
     name = "ranker" if config.features == "both" else f"ranker-{config.features}"
-    out = common.folder(config.run, name, "data.npz", "tree.npz")
-    data, start = stages.data.load(out), time.perf_counter()
-    model, settings, ranking = load_model(config.run)
+    out = common.folder(config.run, name, "data.npz", "tree.npz", "model.pt")
+    data, tree, (model, settings, ranking) = stages.data.load(out), stages.tree.load(out), load_model(out)
+    if not tree.levels:
+        raise UserError(f"{config.run} has a tree without clusters; the ranker needs some, to go through their labels")
+    start = time.perf_counter()
     X_NV, E_ND, labels, _, idf_V = look(model, data, "train", settings, ranking, config)
     looked = time.perf_counter()
-    W_VL, W_DL = train(X_NV, E_ND, data.splits["train"], labels, stages.tree.load(out), config.c)
-    seconds = time.perf_counter() - start
-    print(f"shortlists of {len(X_NV.indptr) - 1:,} documents: {looked - start:.0f} s; {W_DL.shape[1]:,} rankers: "
-          f"{seconds - looked + start:.0f} s; {W_VL.nnz:,} weights of words", flush=True)
-    arrays = {"weights": W_VL.data, "indices": W_VL.indices, "indptr": W_VL.indptr, "dense": W_DL, "idf": idf_V}
-    artifacts.save_npz(out / "ranker.npz", config, arrays, ("data.npz", "tree.npz"), stage="variants/ranker.py")
-    predict, _ = load(out)
-    common.save_predictions(out, data, *predict(model, data, settings, ranking), "ranker", seconds)
+    weights = train(X_NV, E_ND, data.splits["train"], labels, tree, config.c)
+    done = time.perf_counter()
+    X_NV, E_ND, labels, scores, _ = look(model, data, "val", settings, ranking, config, idf_V)
+    slack = slacks(X_NV, E_ND, labels, *weights)
+    right = {power: sum(stages.train.hits(reorder(labels, scores, slack, power)[0][:, :j], data.splits["val"]).mean()
+                        for j in (1, 3, 5)) for power in POWERS}
+    power, seconds = max(right, key=right.get), time.perf_counter() - start
+    print(f"shortlists of training documents: {looked - start:.0f} s; {len(data.names):,} rankers: {done - looked:.0f} "
+          f"s; {weights[0].nnz:,} weights of words; p^{power} is best on validation", flush=True)
+    arrays = {"weights": weights[0].data, "indices": weights[0].indices, "indptr": weights[0].indptr}
+    made_from = ("data.npz", "tree.npz", "model.pt")
+    artifacts.save_npz(out / "ranker.npz", config, arrays | {"dense": weights[1], "idf": idf_V}, made_from,
+                       stage="variants/ranker.py", power=power)
+    common.save_predictions(out, data, *load(out)[0](model, data, settings, ranking), "ranker", seconds, made_from)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """What it takes to train one resolution at a time: passes for each, candidates fixed beforehand, warm starts.
 
 Used by variants/xr_transformer.py. The candidates of a training document are the children of its true parents (teacher
-forcing) and of those that the stage above finds for it (matcher-aware negatives). Of the warm starts, XR-Transformer's
-authors fit a linear SVM per node on frozen features; Fisher's discriminant does the same job in closed form. Its
-covariance is that of all documents, so hard negatives of a node weigh no more than others: that is left to training.
+forcing) and of those that the stage above finds for it (matcher-aware negatives). As a warm start XR-Transformer's
+authors fit a linear SVM per node, on frozen features and the new candidates; here it is ridge regression, which has a
+closed form, on all documents: that hard negatives weigh more is left to training.
 
 Shapes   N documents, B batch, K parents, P positive pairs, M nodes of the new level, C of the level above, D width
 """
@@ -63,17 +63,17 @@ def union(parents_Bb: np.ndarray, doc_P: np.ndarray, parent_P: np.ndarray) -> np
     return parents_BK
 
 
-def fisher(x_ND: np.ndarray, Y_NM: csr_matrix, shrink: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """(weights (M, D), biases (M,)) of Fisher's discriminant of each node's documents against all, with one covariance
-    for all nodes: on average its own get +1, all get -1. A node without documents: weights 0, bias -1."""
+def ridge(x_ND: np.ndarray, Y_NM: csr_matrix, shrink: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
+    """(weights (M, D), biases (M,)) of the least squares fit of +1 for a node's documents and -1 for all others, with a
+    penalty of `shrink` times the features' mean variance: one system of equations for all nodes. A node without
+    documents: weights 0, bias -1."""
     x_ND, Y_NM = x_ND.astype(np.float64), (Y_NM > 0).astype(np.float64)
-    mean_D, n_M = x_ND.mean(axis=0), np.asarray(Y_NM.sum(axis=0)).ravel()
-    apart_MD = (Y_NM.T @ x_ND - n_M[:, None] * mean_D) / np.maximum(n_M, 1)[:, None]
-    covariance = np.cov(x_ND.T, bias=True)
-    covariance += shrink * np.trace(covariance) / len(mean_D) * np.eye(len(mean_D))  # a node may have one document
-    w_MD = np.linalg.solve(covariance, apart_MD.T).T
-    w_MD *= 2 / np.maximum((w_MD * apart_MD).sum(axis=1), 1e-12)[:, None]
-    return w_MD.astype(np.float32), (-1 - w_MD @ mean_D).astype(np.float32)
+    mean_D, share_M = x_ND.mean(axis=0), np.asarray(Y_NM.mean(axis=0)).ravel()
+    covariance_DD = np.cov(x_ND.T, bias=True)
+    covariance_DD += shrink * np.trace(covariance_DD) / len(mean_D) * np.eye(len(mean_D))
+    with_node_MD = 2 * (Y_NM.T @ x_ND / len(x_ND) - share_M[:, None] * mean_D)
+    w_MD = np.linalg.solve(covariance_DD, with_node_MD.T).T
+    return w_MD.astype(np.float32), (2 * share_M - 1 - w_MD @ mean_D).astype(np.float32)
 
 
 @torch.no_grad()
@@ -82,7 +82,7 @@ def warm_start(way: str, above: torch.nn.Module, head: torch.nn.Module, x_ND: np
     nodes Y_NM; from the head of the level above, each child as its parent; or leave it as it is."""
     mine, its = (head.weight, head.bias), (above.weight, above.bias)
     if way == "linear":
-        values = [torch.from_numpy(array) for array in fisher(x_ND, Y_NM)]
+        values = [torch.from_numpy(array) for array in ridge(x_ND, Y_NM)]
     elif way == "inherit":
         values = [array.flatten(0, 1)[:, None].expand_as(own) for array, own in zip(its, mine, strict=True)]
     else:

@@ -17,7 +17,8 @@ What differs from the cascade:
 - a node's score is exp(-max(0, 1 - z)^3) times its parent's, in a beam of b.
 
 To predict, every stage needs the encoder it was trained with. The authors throw these heads away for a linear ranker:
-variants/ranker.py. Left out: their learning rates and batch size; the cascade's are taken.
+variants/ranker.py. Left out: their learning rates, batch size and dropout, the cascade's are taken; the choice of a
+best epoch, since a stage goes on from the last.
 
 Shapes   N documents, B batch, K parents, F children of each, P positive pairs, M nodes of a level, D width, b beam
 """
@@ -141,15 +142,18 @@ def count(node_P: Tensor, doc_P: Tensor, parents_BK: Tensor, fan: int) -> Tensor
 def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, backbone=None) -> XRTransformer:
     """What stages.train.load needs."""
     encoder = stages.model.build(data, tree, replace(config, layers=""), backbone).encoder
-    return XRTransformer(encoder, tree, artifacts.int_list(config.topk, "--topk"))
+    model = XRTransformer(encoder, tree, artifacts.int_list(config.topk, "--topk"))
+    leaf = model.heads[-1].weight
+    leaf.data = leaf.data.bfloat16() if config.label_bf16 else leaf.data
+    return model
 
 
-def train(out: Path, config: stages.train.Config, warm: str) -> XRTransformer:
-    """All stages, one after the other; log.jsonl has the records of all."""
+def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransformer, float]:
+    """(the model, seconds) after all stages, one after the other; log.jsonl has the records of all."""
     data, tree = stages.data.load(out), stages.tree.load(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model, n = build(data, tree, config).to(device), len(data.splits["train"])
-    model.amp = config.amp
+    model.amp, start = config.amp, time.perf_counter()
     above = [np.zeros((n, 1), np.int64), np.zeros((n, 1), np.float32)]  # the root, whose score is 1
     for t, epochs in enumerate(shares(config.epochs, len(model.heads))):
         model.stage = t
@@ -161,7 +165,7 @@ def train(out: Path, config: stages.train.Config, warm: str) -> XRTransformer:
         if t < len(model.topk):
             above, x_ND = model.match(batches, above)
             model.next_stage(x_ND, data.splits["train"], warm)
-    return model.eval()
+    return model.eval(), time.perf_counter() - start
 
 
 def run(config: Config) -> None:
@@ -171,9 +175,8 @@ def run(config: Config) -> None:
     out = common.folder(config.run, name, "data.npz", "tree.npz")
     (out / "log.jsonl").unlink(missing_ok=True)
     topk = ",".join(str(min(config.b, n)) for n in stages.tree.load(out).levels)
-    settings, start = common.cascade_settings(config.run, out, topk=topk), time.perf_counter()
-    model = train(out, settings, config.warm)
-    seconds = time.perf_counter() - start
+    settings = common.cascade_settings(config.run, out, topk=topk)
+    model, seconds = train(out, settings, config.warm)
     artifacts.save_pt(out / "model.pt", settings, {
         "config": artifacts.settings(settings), "encoder": model.encoder.backbone.config.to_dict(), "ranking": NAME,
         "model": model.state_dict()}, ("data.npz", "tree.npz"), stage=f"variants/{NAME}.py")
