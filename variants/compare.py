@@ -13,8 +13,8 @@ documents are in the split; what the seed of training does is the standard devia
 Scored: labels scored for a document at most. Training time: the steps as the logs have them, without validation; of
 XR-Transformer also what it finds between the stages; of a ranker its model's and its own. Documents per second: the
 systems of the first run in turn, in this process. Parameters: those that prediction needs here, in millions; of
-XR-Transformer an encoder for each stage (its authors throw all but the last away), of a ranker the weights that are left.
-All but XR-Transformer keep the epoch that is best on validation.
+XR-Transformer an encoder for each stage (its authors keep the last), of a ranker the weights that are left. All but
+XR-Transformer keep the epoch that is best on validation.
 """
 
 import json
