@@ -1,6 +1,8 @@
 """variants/: each against brute force or a closed form, and all of them on a small corpus."""
 
 import dataclasses
+import importlib
+import re
 import shutil
 
 import numpy as np
@@ -314,6 +316,17 @@ def test_all_systems_side_by_side(run, capsys, tmp_path):
     stages.eval.run(stages.eval.Config(run=str(copy), k=20))
     with pytest.raises(UserError, match="ranker was made from other data, or beside a cascade with other settings"):
         compare.run(compare.Config(run=str(copy)))
+
+
+def test_the_commands_of_the_readme(run, capsys):
+    """In this process: as artifacts.main runs them."""
+    (commands,) = re.findall(r"```sh\n(.*?)```", (ROOT / "variants" / "README.md").read_text(), flags=re.DOTALL)
+    for command in commands.strip().splitlines():
+        python, m, name, *flags = command.replace("runs/demo", str(run)).split()
+        module = importlib.import_module(name)
+        assert (python, m) == ("python", "-m")
+        module.run(artifacts.parse(module.Config, module.__doc__, flags))
+    assert (run / "xr_transformer-none" / "predictions.npz").exists() and "cascade + ranker" in capsys.readouterr().out
 
 
 def test_a_staged_model_is_not_taken_for_a_cascade(run):

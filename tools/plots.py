@@ -168,23 +168,23 @@ def run(config: Config) -> None:
         raise artifacts.UserError("pictures need matplotlib: pip install matplotlib") from None
     out = Path(config.run)
     data, tree, log = stages.data.load(out), stages.tree.load(out), read_log(out / "log.jsonl")
-    topk = artifacts.int_list(artifacts.load_pt(out / "model.pt")[0]["config"]["topk"], "--topk")
+    kept = artifacts.load_pt(out / "model.pt")[0]["config"]["topk"]  # nothing, where the tree is only its root
     labels, scores, right = report.load(out / "predictions.npz", "test", data)
     split, train, n_labels = data.splits["test"], data.splits["train"], len(data.names)
     count_L, has_N = np.bincount(train.labels, minlength=n_labels), np.diff(split.label_offsets) > 0
-    first = scores[has_N, 0], right[has_N, 0]
     near = stages.eval.nearest_neighbours(train, split, data.meta["vocab_size"], n_labels, FIRST)
     systems = {"this run": labels, "20 nearest neighbours": near,
                "most frequent labels": stages.eval.most_frequent(train, len(split), n_labels, FIRST)}
-    slots_CF = tree.slot_to_label.reshape(tree.levels[0], -1)
+    slots_CF = tree.slot_to_label.reshape([*tree.levels, 1][0], -1)
     cluster_L = np.argsort(tree.slot_to_label)[-n_labels:] // slots_CF.shape[1]  # empty slots, -1, sort first
     names_C = [[data.names[i] for i in sorted(row[row >= 0], key=lambda i: -count_L[i])[:8]] for row in slots_CF]
     for name, size, draw, *values in (
         ("curves", (9, 8), draw_curves, *log),
-        ("funnel", (9, 4), draw_funnel, [*tree.levels, slots_CF.size], topk, log[2]["validation"]["recall"]),
+        ("funnel", (9, 4), draw_funnel, [*tree.levels, slots_CF.size],
+         artifacts.int_list(kept, "--topk") if kept else [], log[2]["validation"]["recall"]),
         ("frequency", (9, 7), draw_frequency, count_L, split, systems),
-        ("coverage", (9, 5), draw_coverage, *first),
-        ("reliability", (9, 7), draw_reliability, *first),
+        ("coverage", (9, 5), draw_coverage, scores[has_N, 0], right[has_N, 0]),
+        ("reliability", (9, 7), draw_reliability, scores[has_N, 0], right[has_N, 0]),
         ("tree", (17, 10) if len(slots_CF) > 32 else (10, 6), draw_tree, names_C,
          *found_by_class(cluster_L, len(slots_CF), labels[:, :FIRST], split)),
     ):
