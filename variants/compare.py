@@ -4,8 +4,7 @@
     python -m variants.compare --run runs/seed-0,runs/seed-1,runs/seed-2        mean and standard deviation over seeds
 
 Reads    each RUN, in which the cascade has been trained and tested (stages 1, 2, 4, 5)
-Writes   RUN/{ranker,ranker-sparse,xr_transformer,xr_transformer/ranker,one_vs_all,light_xml}/, where there are no
-         predictions yet
+Writes   RUN/{ranker,xr_transformer,xr_transformer/ranker,one_vs_all,light_xml}/, where there are no predictions yet
 
 Metrics are of the test split. The paired bootstrap draws the test documents anew, the same ones for the two systems,
 each document with its mean over the runs: the middle 95% of a system minus the cascade. What it says is about which
@@ -32,15 +31,14 @@ from tools.compare import bootstrap, contributions, load_predictions
 from variants import light_xml, one_vs_all, ranker, xr_transformer
 from variants.common import stages
 
-# name: (folder in RUN, module, folder in RUN that it is run on, its flags)
+# name: (folder in RUN, module, folder in RUN that it is run on)
 SYSTEMS = {
-    "cascade": ("", None, "", {}),
-    "cascade + ranker": ("ranker", ranker, "", {}),
-    "cascade + ranker, TF-IDF alone": ("ranker-sparse", ranker, "", {"features": "sparse"}),
-    "XR-Transformer, neural only": (xr_transformer.NAME, xr_transformer, "", {}),
-    "XR-Transformer + ranker": (f"{xr_transformer.NAME}/ranker", ranker, xr_transformer.NAME, {}),
-    "one-vs-all": (one_vs_all.NAME, one_vs_all, "", {}),
-    "LightXML": (light_xml.NAME, light_xml, "", {}),
+    "cascade": ("", None, ""),
+    "cascade + ranker": ("ranker", ranker, ""),
+    "XR-Transformer, neural only": (xr_transformer.NAME, xr_transformer, ""),
+    "XR-Transformer + ranker": (f"{xr_transformer.NAME}/ranker", ranker, xr_transformer.NAME),
+    "one-vs-all": (one_vs_all.NAME, one_vs_all, ""),
+    "LightXML": (light_xml.NAME, light_xml, ""),
 }
 METRICS = [("P", 1), ("P", 3), ("P", 5), ("PSP", 1), ("PSP", 3), ("PSP", 5), ("R", 10), ("R", 100)]
 TESTED = ("P@1", "P@5", "PSP@5")  # by the bootstrap
@@ -79,7 +77,7 @@ def check(run: Path, folder: str, on: str) -> None:
 
 def predictor(run: str, name: str, documents: int) -> tuple[Callable[[], object], int, float]:
     """(a pass of a system over some test documents, labels scored for each, its parameters in millions)."""
-    folder, module, on, _ = SYSTEMS[name]
+    folder, module, on = SYSTEMS[name]
     at = Path(run) / (on if module is ranker else folder)
     data, (model, settings, ranking) = stages.data.load(at), ranker.load_model(at, getattr(module, "build", None))
     split, size = data.splits["test"], sum(parameter.numel() for parameter in model.parameters())
@@ -113,10 +111,10 @@ def run(config: Config) -> None:
     runs = config.run.split(",")
     for run in runs:
         artifacts.load_npz(Path(run) / "predictions.npz")  # what is missing of the cascade is for stages 1 to 5 to make
-        for name, (folder, module, on, flags) in SYSTEMS.items():
+        for name, (folder, module, on) in SYSTEMS.items():
             if not (Path(run) / folder / "predictions.npz").exists():
                 print(f"\n{name} in {run}", flush=True)
-                module.run(module.Config(run=str(Path(run) / on), **flags))
+                module.run(module.Config(run=str(Path(run) / on)))
             check(Path(run), folder, on)
     passes = {name: predictor(runs[0], name, config.documents) for name in SYSTEMS}
     seconds = artifacts.in_turn({name: run for name, (run, *_) in passes.items()}, rounds=3)
