@@ -574,6 +574,16 @@ def _write_whole(path: Path, write: Callable[[Any], None], keep: Path | None = N
             partial.unlink(missing_ok=True)
 
 
+def link(source: Path, target: Path) -> None:
+    """The same artifact in another run folder, in place of what is there: stages never write into a file, they put a
+    new one in its place. A copy where there can be no link: another disk, say."""
+    target.unlink(missing_ok=True)
+    try:
+        os.link(source, target)
+    except OSError:
+        shutil.copyfile(source, target)
+
+
 _READ: dict[Path, str] = {}  # digest of what this process has read: what a result is made from, whatever came since
 
 

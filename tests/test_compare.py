@@ -211,7 +211,7 @@ def test_without_links_the_data_is_copied(runs, tmp_path, monkeypatch):
     def link(*args):
         raise OSError("no links here")
 
-    monkeypatch.setattr(compare.os, "link", link)
+    monkeypatch.setattr(artifacts.os, "link", link)
     compare.run(command("--ensemble", *runs[:2], "--out", tmp_path / "out"))
     assert (tmp_path / "out" / "data.npz").read_bytes() == (runs[0] / "data.npz").read_bytes()
     assert (tmp_path / "out" / "data.npz").stat().st_nlink == 1

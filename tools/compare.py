@@ -21,8 +21,6 @@ Shapes   N documents, L labels, B documents in a chunk, k labels predicted, K th
 """
 
 import argparse
-import os
-import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -140,10 +138,7 @@ def prepare(config: Config, file: str, n_bytes: int) -> None:
         raise UserError(f"--out {out} holds a model or predictions that are no ensemble's; choose another folder")
     artifacts.need_space(out, n_bytes + source.stat().st_size)
     if not (out / "data.npz").exists():
-        try:
-            os.link(source, out / "data.npz")  # stage 1 never writes into a file: it puts a new one in its place
-        except OSError:  # another disk, or no links there
-            shutil.copyfile(source, out / "data.npz")
+        artifacts.link(source, out / "data.npz")
     if load_npz(out / "data.npz")[1]["sha256"] != load_npz(source)[1]["sha256"]:
         raise UserError(f"{out / 'data.npz'} is not that of {config.runs[0]}; choose another --out")
 

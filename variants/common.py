@@ -5,8 +5,6 @@ in RUN, whose settings are read from RUN/model.pt. What it makes lies in RUN/NAM
 tools.compare work there, and what stages 4 and 5 trained, one_vs_all and light_xml, is read by the other tools too.
 """
 
-import os
-import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,17 +23,13 @@ class Config:
 
 
 def folder(run: str, name: str, *files: str) -> Path:
-    """RUN/NAME, with the files of RUN in it; a copy where there can be no link."""
+    """RUN/NAME, with the files of RUN in it."""
     out = Path(run) / name
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
         load = artifacts.load_npz if file.endswith(".npz") else artifacts.load_pt
         load(Path(run) / file)  # what is missing or damaged is said of the folder it belongs to
-        (out / file).unlink(missing_ok=True)
-        try:
-            os.link(Path(run) / file, out / file)  # stages never write into a file: they put a new one in its place
-        except OSError:
-            shutil.copyfile(Path(run) / file, out / file)
+        artifacts.link(Path(run) / file, out / file)
     return out
 
 

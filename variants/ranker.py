@@ -64,7 +64,6 @@ def look(model, data: stages.data.Data, split: str, settings: stages.train.Confi
          idf_V: np.ndarray | None = None) -> tuple:
     """(TF-IDF (N, V), features and a 1 (N, D), labels (N, k), their log scores (N, k), idf (V,)) of a split, in one
     pass of the model; what --features leaves out has no entries."""
-
     features, seen = model.features, {}
 
     def remember(*batch_and_encoder) -> list[torch.Tensor]:
