@@ -26,12 +26,12 @@ from torch import Tensor, nn
 
 import artifacts
 from artifacts import UserError, flag, int_list, natural, positive
+from label_level import ShortlistProduct, product
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
 
 RECIPES = {"tiny": {"max_len": 64, "pooling": "mean"}, "pretrained": {"max_len": 128, "pooling": "first"}}
-CHUNK = {"cpu": 2**17, "cuda": 2**25}  # label weights that are worked on at a time: on a CPU, what its caches hold
 DROPOUT = {3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5)}  # by the number of levels, as published; else 0.3
 RANKINGS = ("parent", "path", "label")  # p(label) p(its cluster); the product down the whole path; p(label)
 
@@ -80,7 +80,7 @@ def best_k(labels_BK: Tensor, scores_BK: Tensor, k: int) -> tuple[Tensor, Tensor
 
 class Head(nn.Module):
     """A linear classifier per node; the children of one node are one contiguous block. Cluster levels are small: all
-    nodes are scored. `sparse`, for labels: a batch reads the clusters of its shortlists; their gradients are sparse."""
+    nodes are scored. `sparse`, for labels: a batch reads the clusters of its shortlists, and RowAdam trains them."""
 
     def __init__(self, n_clusters: int, fan: int, width: int, sparse: bool = False) -> None:
         super().__init__()
@@ -94,49 +94,6 @@ class Head(nn.Module):
             return ShortlistProduct.apply(x_BD, self.weight, self.bias, clusters_BK)
         logits_BCF = product(x_BD, self.weight, self.bias)
         return logits_BCF.gather(1, clusters_BK[..., None].expand(-1, -1, self.bias.shape[1]))
-
-
-def product(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor) -> Tensor:
-    """Logits (B, C, F): one product for the whole batch, in the precision of the weights."""
-    logits = x_BD.to(weight_CFD.dtype) @ weight_CFD.flatten(0, 1).T
-    return logits.view(len(x_BD), *bias_CF.shape) + bias_CF
-
-
-class ShortlistProduct(torch.autograd.Function):
-    """The U clusters that any document of the batch keeps are together a small dense layer (U, F, D): one product
-    forward, two backward. Autograd's way is a gather of (B, K, F, D) weights, and gradients of that size."""
-
-    @staticmethod
-    def forward(ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor) -> Tensor:
-        clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not (x_BD.is_cuda and ctx.needs_input_grad[0]))
-        index_BKF = place_BK[..., None].expand(-1, -1, weight.shape[1])
-        ctx.save_for_backward(x_BD, weight, clusters_U, index_BKF)
-        ctx.n = max(1, CHUNK[x_BD.device.type] // weight[0].numel())
-        parts = [product(x_BD, weight.index_select(0, u), bias.index_select(0, u)) for u in clusters_U.split(ctx.n)]
-        return torch.cat(parts, dim=1).gather(1, index_BKF)
-
-    @staticmethod
-    def backward(ctx, dz_BKF: Tensor) -> tuple[Tensor | None, ...]:
-        x_BD, weight, clusters_U, index_BKF = ctx.saved_tensors
-        dz_BUF = dz_BKF.new_zeros(len(x_BD), len(clusters_U), weight.shape[1]).scatter_add_(1, index_BKF, dz_BKF)
-        dz_BR = dz_BUF.flatten(1).to(weight.dtype)  # R = U * F
-        parts = zip(dz_BR.split(ctx.n * weight.shape[1], 1), clusters_U.split(ctx.n), strict=True)
-        dx_BD = sum((dz @ weight.index_select(0, u).flatten(0, 1)).to(x_BD.dtype) for dz, u in parts)
-        dw_UFD = (dz_BR.T @ x_BD.to(weight.dtype)).view(len(clusters_U), *weight.shape[1:])
-        dw, db = (torch.sparse_coo_tensor(clusters_U[None], values, (len(weight), *values.shape[1:]),
-                                          check_invariants=False) for values in (dw_UFD, dz_BUF.sum(0)))
-        return dx_BD, dw, db, None
-
-
-def touched(clusters_BK: Tensor, n_clusters: int, wait: bool) -> tuple[Tensor, Tensor]:
-    """(clusters (U,) that occur, place (B, K) of each among them). To count them, a GPU would have to be waited for:
-    without `wait`, in training, U is the most there can be, min(B * K, n_clusters), filled up with others."""
-    if wait:
-        return clusters_BK.unique(return_inverse=True)
-    occurs_C = torch.zeros(n_clusters, dtype=torch.uint8, device=clusters_BK.device)
-    filled_C = occurs_C.scatter_(0, clusters_BK.flatten(), 1).argsort(descending=True, stable=True)
-    place_C = torch.empty_like(filled_C).scatter_(0, filled_C, torch.arange(n_clusters, device=filled_C.device))
-    return filled_C[: min(clusters_BK.numel(), n_clusters)], place_C[clusters_BK]
 
 
 def choose_layers(depth: int, n_levels: int) -> list[list[int]]:
@@ -248,7 +205,7 @@ class Cascade(nn.Module):
 
     def param_groups(self, lr: float, lr_encoder: float) -> list[dict]:
         """Parameters for the optimisers, with the paper's weight decays; none on biases and normalisations. "rows":
-        their gradient is sparse. The word embeddings of an encoder from scratch learn at the rate of the heads."""
+        for RowAdam. The word embeddings of an encoder from scratch learn at the rate of the heads."""
         table = self.encoder.backbone.get_input_embeddings().weight if self.encoder.from_scratch else None
         rows = {id(parameter) for head in self.heads if head.sparse for parameter in head.parameters()}
         groups: dict[tuple[float, float, bool], list] = {}

@@ -20,10 +20,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from torch import Tensor
 
 import artifacts
 from artifacts import flag, load_pt, natural, positive, rate, save_pt, settings
+from label_level import RowAdam
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -49,66 +49,6 @@ class Config(model_stage.Config):
     compile: bool = flag(False, "compile the encoder, not per length: takes a minute or two, for long runs")
     save_every: int = flag(0, "steps from one checkpoint to the next (0: only after each epoch)", natural)
     resume: bool = flag(False, "go on from RUN/checkpoint.pt")
-
-
-def round_stochastically(values: Tensor) -> Tensor:
-    """bfloat16 of float32, up or down at random so that the mean is right: rounding to the nearest would lose every
-    change of a weight by less than a five-hundredth of itself."""
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device)
-    return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
-
-
-class RowAdam(torch.optim.Optimizer):
-    """Adam for the rows of labels: reads and writes the clusters that the gradient names. Instead of two moments per
-    weight it keeps the mean square v of a row's gradient, the weight c of the row's history, and the squares f of the
-    features' gradients in all rows (second moments in two factors: Adafactor, Shazeer and Stern 2018):
-
-        v <- beta v + (1 - beta) mean_d(g^2)    c <- beta c + (1 - beta)    f <- beta f + (1 - beta) sum_rows(g^2)
-        w <- w - lr (g / sqrt(v / c * f / mean_d(f)) + decay w)
-
-    Rows without any gradient, empty slots for one, stay as they are. Gradients are sparse tensors as Head makes them;
-    `accumulated`: a cluster may occur in them twice. bfloat16 is rounded stochastically."""
-
-    def __init__(self, groups: list[dict], accumulated: bool, beta: float = 0.99) -> None:
-        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})
-        self.accumulated, self.beta = accumulated, beta
-
-    @torch.no_grad()
-    def step(self, closure: None = None) -> None:
-        for group in self.param_groups:
-            for weight in group["params"]:
-                grad = weight.grad.coalesce() if self.accumulated else weight.grad
-                if not self.state[weight]:  # of a bias (C, F) the rows have a single feature
-                    shapes = {"rows": (*weight.shape[:2], 2), "features": weight.shape[2:] or 1}
-                    self.state[weight] = {name: torch.zeros(n, device=weight.device) for name, n in shapes.items()}
-                self.update(weight, grad._indices()[0], grad._values(), group["lr"], group["weight_decay"])
-
-    def update(self, weight: Tensor, clusters_U: Tensor, g_UFD: Tensor, lr: float, decay: float) -> None:
-        """One step for some clusters with gradients g, for a bias (U, F): the moments of all, then the weights."""
-        n, rows = max(1, model_stage.CHUNK[g_UFD.device.type] // weight[0].numel()), self.state[weight]["rows"]
-        g_UFD, features_D, squares = g_UFD.view(*g_UFD.shape[:2], -1), self.state[weight]["features"], []
-        features_D.mul_(self.beta)
-        for g in g_UFD.split(n):
-            square = g.float().square()
-            features_D.add_(square.sum((0, 1)), alpha=1 - self.beta)
-            squares.append(square.mean(2, keepdim=True))
-        scale_D, square_UF1 = ((features_D.mean() + 1e-30) / (features_D + 1e-30)).sqrt(), torch.cat(squares)
-        here_UF1 = (square_UF1 > 0).float()
-        now_UF2 = torch.cat([square_UF1, here_UF1], dim=2)
-        rows_UF2 = rows.index_select(0, clusters_U).lerp_(now_UF2, (1 - self.beta) * here_UF1)
-        rows.index_copy_(0, clusters_U, rows_UF2)
-        square_UF1, history_UF1 = rows_UF2.split(1, dim=2)
-        rate_UF1 = lr * here_UF1 / ((square_UF1 / history_UF1.clamp(min=1e-12)).sqrt() + 1e-12)
-        parts = (x.split(n) for x in (clusters_U, g_UFD, 1 - lr * decay * here_UF1, rate_UF1))
-        for clusters, g, keep, rates in zip(*parts, strict=True):
-            w = weight.index_select(0, clusters).float()
-            w.view_as(g).mul_(keep).addcmul_(g * scale_D, rates, value=-1)
-            weight.index_copy_(0, clusters, round_stochastically(w) if weight.dtype == torch.bfloat16 else w)
-
-    def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)  # which turns everything to the type of the weights
-        for weight, saved in zip(self.state, state_dict["state"].values(), strict=True):
-            self.state[weight] = {key: value.to(weight.device) for key, value in saved.items()}
 
 
 class Batches:
@@ -187,8 +127,8 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
     device = next(model.parameters()).device
     groups = model.param_groups(config.lr, config.lr_encoder)
     dense, rows = [g for g in groups if not g["rows"]], [g for g in groups if g["rows"]]
-    optimizers = [torch.optim.AdamW(dense, fused=True, betas=(0.9, 0.99)),
-                  *([RowAdam(rows, accumulated=config.accumulate > 1)] if rows else [])]
+    adam, one = torch.optim.AdamW(dense, fused=True, betas=(0.9, 0.99)), torch.ones((), device=device)
+    optimizers = [adam, *([RowAdam(rows)] if rows else [])]
     scaler = torch.amp.GradScaler(device.type, enabled=config.amp == "fp16")
     peak_lr = [group["lr"] for group in (*dense, *rows)]
     dense = [parameter for group in dense for parameter in group["params"]]
@@ -213,13 +153,13 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
                 continue
             for group, lr in zip(every_group, peak_lr, strict=True):
                 group["lr"] = lr * lr_scale(step, total, warmup)
-            for optimizer in optimizers:
-                scaler.unscale_(optimizer)
+            scaler.unscale_(adam)
             norm = torch.nn.utils.clip_grad_norm_(dense, CLIP)
-            for optimizer in optimizers:
-                scaler.step(optimizer)
-                optimizer.zero_grad()
+            scaler.step(adam)
+            for optimizer in optimizers[1:]:
+                optimizer.step(scale=scaler.scale(one))
             scaler.update()
+            adam.zero_grad()
             step, last, lr = step + 1, i + 1 == len(batches), peak_lr[-1] * lr_scale(step, total, warmup)
             finite(sums[:-1], 0 * norm.nan_to_num() if config.amp == "fp16" else norm, step, lr)
             if step % interval == 0 or last:
@@ -229,7 +169,7 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
                           "surplus": int(surplus), "lr": lr, "grad_norm": float(norm) if norm.isfinite() else None,
                           "batches_per_s": (seen - before) / (time.perf_counter() - start)}
                 if config.amp == "fp16":
-                    record["skipped"] = step - int(optimizers[0].state[dense[0]]["step"])
+                    record["skipped"] = step - int(adam.state[dense[0]]["step"])
                 log(record)
                 sums, seen, before, start = torch.zeros_like(sums), 0, 0, time.perf_counter()
             if last or stop() or config.save_every and step % config.save_every == 0:

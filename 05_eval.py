@@ -29,6 +29,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from artifacts import UserError, flag, main, memory_advice, natural, need_space, over_split, pair, positive, save_npz
+from label_level import product
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -135,12 +136,12 @@ def predict_exact(model: model_stage.Cascade, batch: data_stage.Batch, k: int, r
     """As model.predict, but with every label scored: `chunk` leaf clusters at a time and a running top k."""
     features, scores, best = model.features(batch), None, None
     for head, x_BD in zip(model.heads[:-1], features, strict=False):
-        scores = model_stage.rank(model_stage.product(x_BD, head.weight, head.bias), scores)
+        scores = model_stage.rank(product(x_BD, head.weight, head.bias), scores)
     leaf = model.heads[-1]
     for start in range(0, model.counts[-2], chunk):
         part = slice(start, start + chunk)
         labels_S = model.slot_to_label.view(model.counts[-2], -1)[part].flatten()
-        logits_BCF = model_stage.product(features[-1], leaf.weight[part], leaf.bias[part])
+        logits_BCF = product(features[-1], leaf.weight[part], leaf.bias[part])
         above = scores and {name: score_BC[:, part] for name, score_BC in scores.items()}
         score_BS = model_stage.rank(logits_BCF, above)[ranking]
         found = labels_S.expand(score_BS.shape), score_BS.masked_fill(labels_S < 0, -torch.inf)

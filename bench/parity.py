@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 from common import Report, stages
 
-from artifacts import over_split, set_arithmetic
+from artifacts import over_split, set_up_torch
 
 METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")
 
@@ -53,7 +53,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, help="[as the recipe says]")
     parser.add_argument("--out", default="bench/results/parity.json")
     args = parser.parse_args()
-    set_arithmetic()
+    set_up_torch()
     report = Report(args)
     found: dict[str, list] = {kind: [] for kind in args.kinds.split(",")}
     for seed in map(int, args.seeds.split(",")):

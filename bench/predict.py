@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from common import Report, random_data, random_documents, random_model, spread_shortlists, stages
 
-from artifacts import in_turn, set_arithmetic
+from artifacts import in_turn, set_up_torch
 
 SHAPE = {"cpu": {"depth": 2, "width": 64}, "cuda": {"depth": 12, "width": 768}}
 
@@ -102,7 +102,7 @@ def main() -> None:
     parser.add_argument("--metrics", type=int, default=500000, help="documents for the metrics' time [500000]")
     parser.add_argument("--out", default="bench/results/predict.json")
     args = parser.parse_args()
-    set_arithmetic()
+    set_up_torch()
     row = Report(args).row
     model, *rest = models(args)
     speed(model.to(args.device).eval(), *rest, args, row)

@@ -19,7 +19,8 @@ import torch
 from common import Report, peak_bytes, random_data, random_model, spread_shortlists, stages
 from torch.nn.utils.rnn import pad_sequence
 
-from artifacts import in_turn, set_arithmetic
+from artifacts import in_turn, set_up_torch
+from label_level import RowAdam
 
 # labels: (clusters per level, clusters kept per level); the biggest with cluster levels as published for Amazon-3M
 SIZES = {
@@ -39,7 +40,7 @@ def optimizers_of(model) -> list[torch.optim.Optimizer]:
     groups = model.param_groups(1e-3, 1e-4)
     rows = [group for group in groups if group["rows"]]
     adam = torch.optim.AdamW([group for group in groups if group not in rows], fused=True)
-    return [adam, *([stages.train.RowAdam(rows, accumulated=False)] if rows else [])]
+    return [adam, *([RowAdam(rows)] if rows else [])]
 
 
 def step(model, optimizers, next_batch, amp: str) -> None:
@@ -144,7 +145,7 @@ def label_level_pass(n_labels: int, shape: argparse.Namespace, device: str):
     some = rng.choice(n_clusters, 4096, replace=False)
     clusters_BK = torch.from_numpy(np.stack([rng.choice(some, 256, replace=False) for _ in range(shape.batch)]))
     x_BD = torch.randn(shape.batch, shape.width, device=device, requires_grad=True)
-    optimizer = stages.train.RowAdam([{"params": list(head.parameters())}], accumulated=False)
+    optimizer = RowAdam([{"params": list(head.parameters())}])
     return partial(label_level_step, head, optimizer, x_BD, clusters_BK.to(device))
 
 
@@ -248,7 +249,7 @@ def main() -> None:
     parser.add_argument("--out", default="bench/results/step.json")
     args = parser.parse_args()
     args.amp = args.amp or {"cpu": "off", "cuda": "bf16"}[args.device]
-    set_arithmetic()
+    set_up_torch()
     spread_shortlists()
     shape = argparse.Namespace(**SHAPE[args.device])
     sizes = SIZES["toy" if args.toy else args.device]

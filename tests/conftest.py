@@ -11,6 +11,7 @@ import pytest
 import torch
 
 import artifacts
+import label_level
 
 ROOT = Path(__file__).parent.parent
 # Small models on small batches: threads would only wait for each other.
@@ -22,6 +23,15 @@ stages = artifacts.stages()
 
 def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
+
+
+def gradient(parameter):
+    """What .grad would be, of a sparse head from the factors."""
+    if not hasattr(parameter, "factors"):
+        return parameter.grad
+    clusters_U, dz_BUF, x_BD = label_level.together(parameter.factors)
+    return torch.zeros_like(parameter).index_add_(0, clusters_U, torch.einsum("buf,bd->ufd", dz_BUF, x_BD).view(
+        len(clusters_U), *parameter.shape[1:]))
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:
