@@ -91,9 +91,9 @@ def settle(config: Any, recipes: dict[str, dict], encoder: str) -> Any:
 
 def set_up_torch() -> None:
     """After training, weights and optimiser states may hold denormal numbers, which a CPU multiplies many times more
-    slowly: flush them to zero. Big tensors lie in pages of 2 MB where Linux has them: with small ones, weights cost more
-    to look up the more there are. On a GPU float32 products, in the heads, use TF32: ten bits to bfloat16's seven."""
-    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # read when the first tensor is made
+    slowly: flush them to zero. Let big tensors lie in pages of 2 MB where Linux has them: in small ones, weights take
+    longer to find the more there are. On a GPU float32 products, in the heads, use TF32: ten bits to bfloat16's 7."""
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")  # torch looks at it when the first tensor is made
     torch.set_flush_denormal(True)
     torch.backends.cuda.matmul.allow_tf32 = True
 

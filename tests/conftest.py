@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import artifacts
-import label_level
 
 ROOT = Path(__file__).parent.parent
 # Small models on small batches: threads would only wait for each other.
@@ -25,13 +24,17 @@ def sha256(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
+def formed(shape, parts):
+    """The gradient (C, F, D) of `shape`, or (C, F) of a bias, that factors stand for."""
+    found = parts[0].x_BD.new_zeros(*shape[:2], parts[0].x_BD.shape[1])
+    for clusters_U, dz_BUF, x_BD in parts:
+        found.index_add_(0, clusters_U, torch.einsum("buf,bd->ufd", dz_BUF, x_BD))
+    return found.view(shape)
+
+
 def gradient(parameter):
     """What .grad would be, of a sparse head from the factors."""
-    if not hasattr(parameter, "factors"):
-        return parameter.grad
-    clusters_U, dz_BUF, x_BD = label_level.together(parameter.factors)
-    return torch.zeros_like(parameter).index_add_(0, clusters_U, torch.einsum("buf,bd->ufd", dz_BUF, x_BD).view(
-        len(clusters_U), *parameter.shape[1:]))
+    return formed(parameter.shape, parameter.factors) if hasattr(parameter, "factors") else parameter.grad
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

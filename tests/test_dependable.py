@@ -355,3 +355,17 @@ def test_a_run_can_be_watched(done):
     command = [sys.executable, str(ROOT / "03_model.py"), "--run", str(done), "--tiny", "1,32", "--topk", "4"]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert re.search(r"\[03_model.py took \d+ s, at the peak 0\.\d GiB of memory", printed)
+
+
+def huge_pages() -> bool:
+    path = Path("/sys/kernel/mm/transparent_hugepage/enabled")
+    return path.exists() and "[never]" not in path.read_text()
+
+
+@pytest.mark.skipif(not huge_pages(), reason="needs a Linux that offers huge pages")
+def test_big_tensors_lie_in_huge_pages():
+    """Nothing that the stages import may make a tensor before they are asked for."""
+    code = ("import artifacts, torch; artifacts.stages(); artifacts.set_up_torch(); big = torch.ones(2**26);"
+            "print(*[line for line in open('/proc/self/smaps_rollup') if 'AnonHugePages' in line])")
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert int(out.split()[1]) > 2**17

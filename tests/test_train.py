@@ -169,6 +169,17 @@ def test_bf16_rows_go_with_every_precision_of_the_encoder(prepared):
     assert sum(losses["off"][-8:]) < 0.9 * sum(losses["off"][:8])
 
 
+def test_the_label_level_does_not_see_the_loss_scale(prepared, monkeypatch):
+    """A scale that doubles with every step makes the same weights as a constant one."""
+    scaler, weights = torch.amp.GradScaler, []
+    for init, every in ((2.0**10, 1000), (1.0, 1)):
+        monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, enabled: scaler(
+            kind, init_scale=init, growth_interval=every, enabled=enabled))  # noqa: B023
+        train.run(config_of(prepared, amp="fp16", epochs=1))
+        weights.append(artifacts.load_pt(prepared / "model.pt")[0]["model"]["heads.1.weight"])
+    assert (weights[0] - weights[1]).norm() < 0.05 * weights[0].norm()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: fp16 with a gradient scaler")
 def test_fp16_with_a_scaler_trains_on_a_gpu(tmp_path, prepared, done):
     train.run(config_of(tmp_path, amp="fp16", epochs=1))
