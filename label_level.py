@@ -1,5 +1,5 @@
 """The label level, by far the biggest: a step reads and writes the clusters of its shortlists, a chunk at a time, and
-their gradient is never there as a whole. 03_model.py computes logits with ShortlistProduct, 04_train.py has RowAdam.
+their gradient is never there as a whole. 03_model.py uses ShortlistProduct for the logits, 04_train.py RowAdam.
 
 The U clusters that any document of a batch keeps are together a small dense layer (U, F, D). One product for the batch
 gives its logits, those that a document did not ask for included: as soon as shortlists overlap, that is cheaper than to

@@ -1,6 +1,6 @@
 """Does the label level lose accuracy? The same models, their label rows trained in three ways, over several seeds.
 
-    python bench/parity.py                      the demo corpus, three seeds: 40 minutes on two CPU cores
+    python bench/parity.py                      the demo corpus, three seeds: 40 minutes on two CPU cores with bf16
     python bench/parity.py --kinds rows,dense --seeds 0 --epochs 1
 
 rows   as shipped: the touched clusters by RowAdam, a second moment per row and per feature
