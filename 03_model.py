@@ -10,7 +10,7 @@ own layer of one transformer. The candidates at a resolution are the children of
 training the nodes with a positive label below them count as best, and the others, which scored high and are wrong, are
 the hard negatives. The loss is binary cross-entropy over the candidates, summed over the resolutions. Left out here:
 the authors' ensembles, several devices, one-vs-all without a tree.
-Shapes   B batch, T tokens, D width, C clusters, F children of each (fan), K kept for a document, U for any of a batch,
+Shapes   B batch, T tokens, D width, C clusters, F children of each (fan), K kept for a document,
          P positive pairs, S slots
 """
 

@@ -1,11 +1,12 @@
 """The label level, by far the biggest: a step reads and writes the clusters of its shortlists, a chunk at a time, and
-their gradient is never there as a whole. 03_model.py uses ShortlistProduct for the logits, 04_train.py RowAdam.
+their gradient need not be there as a whole. 03_model.py uses ShortlistProduct for the logits, 04_train.py RowAdam.
 
 The U clusters that any document of a batch keeps are together a small dense layer (U, F, D). One product for the batch
 gives its logits, those that a document did not ask for included: as soon as shortlists overlap, that is cheaper than to
 gather every document's own weights, (B, K, F, D) numbers. Backward, with dz the gradient of the logits, scattered into
 (B, U, F), one more product gives that of the features, dz W. That of the weights, dz^T x, is as big as the layer. It
-is left as these two factors, Factors, until the optimiser multiplies them chunk by chunk and uses each up at once.
+is left as these two factors, Factors, until the optimiser multiplies them chunk by chunk and uses each up at once; only
+when the gradients of several batches are added up is their sum made whole.
 
 Not here: several devices; momentum, a second number per weight.
 Shapes   B batch, D width, C clusters, F children of each (fan), K kept for a document, U kept for any of a batch
