@@ -77,9 +77,16 @@ class Batch(NamedTuple):
     mask_BT: torch.Tensor  # int64, 1 at tokens, 0 at padding
     doc_P: torch.Tensor  # int64
     label_P: torch.Tensor  # int64
+    pooled_BHD: torch.Tensor | None = None  # float16, the encoder's features where they are known beforehand (stage 4)
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return move(self, device)
+
+
+def move(batch: tuple, device: torch.device) -> tuple:
+    """A batch of any kind on a device; what it does not have, None, stays None."""
+    moved = [None if tensor is None else tensor.to(device, non_blocking=True) for tensor in batch]
+    return type(batch)(*moved)
 
 
 class Data(NamedTuple):
@@ -90,6 +97,7 @@ class Data(NamedTuple):
     meta: dict  # encoder, vocab_size, prefix, suffix, pad and the record of the artifact
     tokenizer: bytes = b""  # for tokenizers.Tokenizer.from_buffer
     known: Mapping[str, csr_matrix] = {}  # (N, L) by split: labels known beforehand, no predictions
+    encoded: Mapping[str, np.ndarray] = {}  # (N, H, D) by split: what an encoder that does not learn says of them
 
     def batch(self, split: str, rows: np.ndarray, max_len: int) -> Batch:
         """Documents `rows` of a split, cut to max_len tokens with the special ones: one gather, no loop over rows."""
@@ -109,7 +117,8 @@ class Data(NamedTuple):
 
         doc_P, _, place = flatten(part.label_offsets[rows], part.label_offsets[rows + 1] - part.label_offsets[rows])
         label_P = part.labels[place].astype(np.int64)
-        return Batch(*(torch.from_numpy(array) for array in (ids_BT, mask_BT, doc_P, label_P)))
+        pooled_BHD = torch.from_numpy(self.encoded[split][rows]) if split in self.encoded else None
+        return Batch(*(torch.from_numpy(array) for array in (ids_BT, mask_BT, doc_P, label_P)), pooled_BHD)
 
 
 def flatten(start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -142,6 +142,11 @@ class Cascade(nn.Module):
             raise UserError(f"--topk {topk}: levels {tree.levels} have at most {most[: len(tree.levels)]} candidates")
         self.heads = nn.ModuleList(Head(n, fan, width, sparse=n == self.counts[-2])
                                    for n, fan in zip(self.counts, fans, strict=False))
+        # Hidden states that some level reads. They are centred, and scaled by one number each, before a level sees them:
+        # stage 4 fills this in for a pretrained encoder, where most of a feature is a mean that all documents share.
+        self.hidden = sorted(set(sum(layers, [])))
+        self.center_HD = nn.Buffer(torch.zeros(len(self.hidden), width))
+        self.scale_H = nn.Buffer(torch.ones(len(self.hidden)))
         self.join = nn.ModuleList(nn.Linear(len(g) * width, width) if len(g) > 1 else nn.Identity() for g in layers)
         self.dropout = nn.ModuleList(nn.Dropout(rate) for rate in DROPOUT.get(n_levels, (0.3,) * n_levels))
         slots = torch.from_numpy(tree.slot_to_label).long()
@@ -149,14 +154,28 @@ class Cascade(nn.Module):
         self.label_to_slot = nn.Buffer(slots.argsort()[(slots < 0).sum() :], persistent=False)  # empty ones sort first
         self.empty = nn.Buffer((slots < 0).view(self.counts[-2], -1), persistent=False)
 
-    def features(self, batch: data_stage.Batch, encoder: Encoder | None = None) -> list[Tensor]:
-        """(B, D) per level, float32, of the model's encoder or of another. Only the encoder computes in the precision
-        `amp`: coarse logits make ties."""
-        kind, dtype = batch.ids_BT.device.type, {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
+    def pooled(self, batch: data_stage.Batch, encoder: Encoder | None = None) -> Tensor:
+        """(B, H, D): the hidden states that are read, pooled, of the model's encoder or of another.
+
+        Only the encoder computes in the precision `amp`: coarse logits would make ties.
+        """
+        if batch.pooled_BHD is not None:
+            return batch.pooled_BHD
+        kind = batch.ids_BT.device.type
+        dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
         with torch.autocast(kind, dtype, enabled=dtype is not None):
-            pooled = (encoder or self.encoder)(batch.ids_BT, batch.mask_BT, set(sum(self.layers, [])))
-        return [join(torch.cat([pooled[layer] for layer in group], dim=1).to(self.heads[0].bias.dtype))
-                for group, join in zip(self.layers, self.join, strict=True)]
+            pooled = (encoder or self.encoder)(batch.ids_BT, batch.mask_BT, set(self.hidden))
+        return torch.stack([pooled[layer] for layer in self.hidden], dim=1)
+
+    def features(self, batch: data_stage.Batch, encoder: Encoder | None = None) -> list[Tensor]:
+        """(B, D) per level, float32: what the level reads, centred, scaled, and joined where it reads two."""
+        pooled_BHD = self.pooled(batch, encoder).to(self.center_HD.dtype)
+        x_BHD = (pooled_BHD - self.center_HD) * self.scale_H[:, None]
+        features = []
+        for group, join in zip(self.layers, self.join, strict=True):
+            places = [self.hidden.index(layer) for layer in group]
+            features.append(join(torch.cat([x_BHD[:, place] for place in places], dim=1)))
+        return features
 
     def descend(self, features: list[Tensor], batch: data_stage.Batch, teacher: bool) -> Iterator[Level]:
         """Yield the levels, coarse to fine. With `teacher` the positive nodes come first in every shortlist."""

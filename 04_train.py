@@ -12,6 +12,8 @@ Writes   RUN/model.pt        the best model by validation P@1 + P@3 + P@5: weigh
 Settings left open come from a recipe: one for 'tiny', the paper's for pretrained encoders. Left out: a second device.
 """
 
+import math
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,9 +22,10 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from tqdm import tqdm
 
 import artifacts
-from artifacts import flag, load_pt, natural, positive, rate, save_pt, settings
+from artifacts import UserError, flag, load_pt, natural, positive, rate, save_pt, settings
 from label_level import RowAdam
 
 data_stage = import_module("01_data")
@@ -30,19 +33,24 @@ tree_stage = import_module("02_label_tree")
 model_stage = import_module("03_model")
 
 RECIPES = {
-    "tiny": {"epochs": 5, "batch_size": 128, "lr": 1e-2, "lr_encoder": 1e-3},
-    "pretrained": {"epochs": 15, "batch_size": 64, "lr": 1e-3, "lr_encoder": 1e-4},
+    "tiny": {"head_epochs": 0, "epochs": 5, "batch_size": 128, "head_lr": 1e-2, "lr": 1e-2, "lr_encoder": 1e-3},
+    "pretrained": {
+        "head_epochs": 10, "epochs": 15, "batch_size": 64, "head_lr": 5e-3, "lr": 1e-3, "lr_encoder": 1e-4,
+    },
 }
 POOL = 50  # batches whose documents are sorted by length together
+CHUNK = 4096  # documents whose cached features are summed at a time
 CLIP = 10.0  # largest norm of the gradient; RowAdam takes care of its rows by itself
 INTERVALS = 50  # progress lines in a run, about
 
 
 @dataclass(frozen=True)
 class Config(model_stage.Config):
-    epochs: int = flag(None, "passes over the training documents [tiny 5, else 15]", positive)
+    head_epochs: int = flag(None, "passes that train the heads alone, first [tiny 0, else 10]", natural)
+    epochs: int = flag(None, "passes over the training documents, end to end [tiny 5, else 15]", natural)
     batch_size: int = flag(None, "documents per batch [tiny 128, else 64]", positive)
     accumulate: int = flag(1, "batches whose gradients are added up before a step; labels' wait in memory", positive)
+    head_lr: float = flag(None, "learning rate of the heads while they are trained alone [tiny 1e-2, else 5e-3]", rate)
     lr: float = flag(None, "learning rate of the heads [tiny 1e-2, else 1e-3]", rate)
     lr_encoder: float = flag(None, "learning rate of the encoder [tiny 1e-3, else 1e-4]", rate)
     amp: str = flag("auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at")
@@ -118,12 +126,13 @@ def lr_scale(step: int, total: int, warmup: int) -> float:
 
 def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[[dict], None],
         save: Callable[[dict], None] = lambda state: None, state: dict | None = None,
-        stop: Callable[[], bool] = lambda: False) -> None:
+        stop: Callable[[], bool] = lambda: False, steps_before: int = 0) -> None:
     """Train any module with loss(batch) -> (losses (levels,), surplus ()) and param_groups(lr, lr_encoder).
 
     `log` gets a record per interval; `save` all that is needed to go on, after each epoch ("batch" is 0 then), every
     config.save_every steps, and when stop() says so, with KeyboardInterrupt raised thereafter. Given back as `state`,
-    training goes on as if it had never stopped. UserError when the loss is no longer finite."""
+    training goes on as if it had never stopped. `steps_before`: of an earlier phase, which the log counts along.
+    UserError when a loss is no longer finite, or grows a thousandfold."""
     device = next(model.parameters()).device
     groups = model.param_groups(config.lr, config.lr_encoder)
     dense, rows = [g for g in groups if not g["rows"]], [g for g in groups if g["rows"]]
@@ -135,7 +144,7 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
     per_epoch = -(-len(batches) // config.accumulate)
     total = per_epoch * config.epochs
     warmup, interval = min(per_epoch, total // 10), max(1, total // INTERVALS)
-    finite, parts = artifacts.Finite(), {"model": model, "scaler": scaler, "optimizers": optimizers}
+    watch, parts = artifacts.LossWatch(model), {"model": model, "scaler": scaler, "optimizers": optimizers}
     at = artifacts.set_state(parts, state) if state else {"epoch": 0, "batch": 0, "step": 0, "sums": 0.0, "seen": 0}
     step, first, sums, seen = at["step"], at["batch"], torch.as_tensor(at["sums"], device=device), at["seen"]
 
@@ -161,11 +170,12 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
             scaler.update()
             adam.zero_grad()
             step, last, lr = step + 1, i + 1 == len(batches), peak_lr[-1] * lr_scale(step, total, warmup)
-            finite(sums[:-1], 0 * norm.nan_to_num() if config.amp == "fp16" else norm, step, lr)
+            watch(losses.detach(), 0 * norm.nan_to_num() if config.amp == "fp16" else norm, step, lr)
             if step % interval == 0 or last:
-                finite.check()
-                *losses, surplus = sums.tolist()
-                record = {"epoch": epoch + 1, "step": step, "total": total, "loss": [loss / seen for loss in losses],
+                watch.check()
+                *means, surplus = sums.tolist()
+                record = {"epoch": epoch + 1, "epochs": config.epochs, "step": steps_before + step,
+                          "total": steps_before + total, "loss": [loss / seen for loss in means],
                           "surplus": int(surplus), "lr": lr, "grad_norm": float(norm) if norm.isfinite() else None,
                           "batches_per_s": (seen - before) / (time.perf_counter() - start)}
                 if config.amp == "fp16":
@@ -173,12 +183,72 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
                 log(record)
                 sums, seen, before, start = torch.zeros_like(sums), 0, 0, time.perf_counter()
             if last or stop() or config.save_every and step % config.save_every == 0:
-                finite.check()
+                watch.check()
                 at = {"epoch": epoch + last, "batch": 0 if last else i + 1, "step": step, "sums": sums, "seen": seen}
                 save(artifacts.get_state(parts) | at)
                 if stop():
                     raise KeyboardInterrupt(f"; a checkpoint was saved after step {step}; go on with --resume")
         first = 0
+
+
+@torch.no_grad()
+def encode(model: model_stage.Cascade, data: data_stage.Data, config: Config, stop: Callable[[], bool]
+           ) -> data_stage.Data:
+    """The data with what the encoder, as it is now, says of the training and validation documents: (N, H, D) float16.
+
+    They lie in a file without a name in the run folder: memory holds of it what there is room for, and it is gone
+    when the process ends, however that ends.
+    """
+    model.eval()
+    device = model.slot_to_label.device
+    shape = len(model.hidden), model.center_HD.shape[1]
+    encoded = {}
+    for name in ("train", "val"):
+        split = data.splits[name]
+        size = 2 * len(split) * math.prod(shape)
+        artifacts.need_space(Path(config.run), size, advice="--head-epochs 0 does without the features of --head-epochs")
+        file = tempfile.TemporaryFile(dir=config.run)
+        encoded[name] = np.memmap(file, np.float16, "w+", shape=(len(split), *shape))
+        # Documents of about one length together, as in prediction: hardly any padding.
+        order = np.argsort(np.diff(split.offsets), kind="stable")
+        size = 2 * config.batch_size
+        for start in tqdm(range(0, len(order), size), desc=f"encode {name}", unit=" batches", disable=None):
+            if stop():
+                raise KeyboardInterrupt(" before the first step; nothing was saved")
+            rows = order[start : start + size]
+            pooled_BHD = model.pooled(data.batch(name, rows, config.max_len).to(device))
+            encoded[name][rows] = pooled_BHD.half().cpu().numpy()
+    return data._replace(encoded=encoded)
+
+
+def center(model: model_stage.Cascade, encoded_NHD: np.ndarray) -> None:
+    """Set the model's centre and scale: the mean of the features, and one standard deviation per hidden state.
+
+    One per hidden state, not one per feature: some encoders have features that are always zero.
+    """
+    total = np.zeros(encoded_NHD.shape[1:])
+    square = np.zeros(encoded_NHD.shape[1:])
+    for start in range(0, len(encoded_NHD), CHUNK):
+        part = encoded_NHD[start : start + CHUNK].astype(np.float64)
+        total += part.sum(axis=0)
+        square += (part**2).sum(axis=0)
+    mean = total / len(encoded_NHD)
+    variance = square / len(encoded_NHD) - mean**2
+    model.center_HD.copy_(torch.from_numpy(mean))
+    model.scale_H.copy_(torch.from_numpy(1 / np.sqrt(variance.mean(axis=1))))
+
+
+@torch.no_grad()
+def set_prior(model: model_stage.Cascade, split: data_stage.Split) -> None:
+    """Start every bias at its node's log odds: the share of training documents with a label below the node."""
+    device = model.slot_to_label.device
+    doc_P = torch.arange(len(split)).repeat_interleave(torch.from_numpy(np.diff(split.label_offsets))).to(device)
+    slot_P = model.label_to_slot[torch.from_numpy(split.labels).long().to(device)]
+    for n, head in zip(model.counts[1:], model.heads, strict=True):
+        # A document with several labels below a node counts once.
+        pair = (doc_P * n + slot_P // (model.counts[-1] // n)).unique()
+        count = (pair % n).bincount(minlength=n).view_as(head.bias)
+        head.bias.copy_(((count + 0.5) / (len(split) - count + 0.5)).log())
 
 
 def load(folder: str | Path, data: data_stage.Data, build: Callable = model_stage.build) -> tuple:
@@ -201,7 +271,9 @@ def run(config: Config, build: Callable = model_stage.build) -> None:
 
 
 def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: Callable) -> None:
-    """Build the cascade, fit it, and keep checkpoints and the best epoch."""
+    """Build the cascade, train its heads, then all of it, and keep checkpoints and the best epoch."""
+    if not config.head_epochs + config.epochs:
+        raise UserError("--head-epochs 0 --epochs 0: nothing to train; raise one of them")
     out, device = Path(config.run), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(data, tree, config).to(device)
     config = replace(config, topk=",".join(map(str, model.topk)),
@@ -210,21 +282,6 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
     artifacts.room_for_training(out, model)
     batches, log = Batches(data, config.batch_size, config.max_len, config.seed), artifacts.logger(out, config)
     best = state["best"] if state else -1.0
-
-    def save(state: dict) -> None:
-        nonlocal best
-        content = {"config": settings(config)}
-        if state["batch"] == 0:  # an epoch is over
-            result = validate(model, data, config)
-            # p(label) alone was trained inside shortlists only: over all labels it ranks otherwise, so it is no choice.
-            ranking = max(("parent", "path"), key=lambda name: sum(result["P"][name]))
-            log({"epoch": state["epoch"], "step": state["step"], "validation": result, "ranking": ranking})
-            if sum(result["P"][ranking]) > best:
-                best = sum(result["P"][ranking])
-                more = {"ranking": ranking, "encoder": model.encoder.backbone.config.to_dict(), "model": state["model"]}
-                save_pt(out / "model.pt", config, content | more, ("data.npz", "tree.npz"))
-        artifacts.save_checkpoint(out, config, content | state | {"best": best})
-
     config = replace(config, amp=artifacts.choose_amp(config.amp, model, next(batches(0)).to(device)))
     if config.compile:
         model.encoder.compile(dynamic=True)
@@ -232,8 +289,49 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
         artifacts.start_over(out)
     torch.manual_seed(config.seed)
     print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()), flush=True)
+
+    # The phases of a training, one after the other: (what it is called, its settings).
+    phases = {"heads": replace(config, epochs=config.head_epochs, lr=config.head_lr), "all": config}
+    phases = {name: its for name, its in phases.items() if its.epochs}
+
+    def saver(phase: str, its: Config, data: data_stage.Data, steps_before: int) -> Callable[[dict], None]:
+        """What fit calls to save: after an epoch with a validation, and the model where that is the best so far."""
+        def save(state: dict) -> None:
+            nonlocal best
+            content = {"config": settings(config), "phase": phase}
+            content["finished"] = phase == list(phases)[-1] and state["epoch"] == its.epochs
+            if state["batch"] == 0:  # an epoch is over
+                result = validate(model, data, its)
+                ranking = max(model_stage.RANKINGS, key=lambda name: sum(result["P"][name]))
+                log({"phase": phase, "epoch": state["epoch"], "step": steps_before + state["step"],
+                     "validation": result, "ranking": ranking})
+                if sum(result["P"][ranking]) > best:
+                    best = sum(result["P"][ranking])
+                    encoder = model.encoder.backbone.config.to_dict()
+                    more = {"ranking": ranking, "encoder": encoder, "model": state["model"]}
+                    save_pt(out / "model.pt", config, content | more, ("data.npz", "tree.npz"))
+            artifacts.save_checkpoint(out, config, content | state | {"best": best, "steps_before": steps_before})
+        return save
+
     with artifacts.asked_to_stop() as stop:
-        fit(model, batches, config, log, save, state, stop)
+        steps_before = 0
+        if not state:
+            set_prior(model, data.splits["train"])
+        for phase, its in phases.items():
+            steps = -(-len(batches) // config.accumulate) * its.epochs
+            if state is None or state["phase"] == phase:
+                seen = data
+                over = state is not None and state["epoch"] == its.epochs
+                if phase == "heads" and not over:
+                    seen = encode(model, data, config, stop)
+                    if not state:
+                        center(model, seen.encoded["train"])
+                    its = replace(its, amp="off")  # there is no encoder in these steps
+                its_batches = Batches(seen, config.batch_size, config.max_len, config.seed)
+                fit(model, its_batches, its, lambda record, phase=phase: log({"phase": phase} | record),
+                    saver(phase, its, seen, steps_before), state, stop, steps_before)
+                state = None
+            steps_before += steps
 
 
 if __name__ == "__main__":

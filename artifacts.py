@@ -9,6 +9,7 @@ everything else together, and much here has no need of them.
 """
 
 import argparse
+import collections
 import contextlib
 import dataclasses
 import hashlib
@@ -39,7 +40,7 @@ try:
 except ImportError:  # Windows
     resource = None
 
-FORMAT = 2
+FORMAT = 3
 MADE_BY = {
     "data.npz": "01_data.py",
     "tree.npz": "02_label_tree.py",
@@ -184,12 +185,20 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
             signal.signal(number, handler)
 
 
-class Finite:
-    """Stops the training when a loss or a gradient is no longer finite. What a step gives is looked at while the next
-    one is computed: so a GPU is never waited for with nothing to do."""
+class LossWatch:
+    """Stops a training whose loss is no longer finite, or grows a thousandfold.
 
-    def __init__(self) -> None:
+    What a step gives is looked at while the next one is computed, so that a GPU is never waited for with nothing to do.
+    """
+
+    STEPS = 100  # the last losses of a level, whose median counts as usual
+    GROWTH = 1000  # times the usual loss: no batch is that much harder than others
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
         self.pending = None
+        self.first = None
+        self.last = collections.deque(maxlen=self.STEPS)
 
     def __call__(self, losses: torch.Tensor, norm: torch.Tensor, step: int, lr: float) -> None:
         """Look at what came before; take the losses (levels,) and the gradient's norm () of this step."""
@@ -201,18 +210,35 @@ class Finite:
         self.pending = copy, there, step, lr
 
     def check(self) -> None:
-        """UserError when what came last is not finite."""
+        """UserError when what came last is not finite, or far beyond what it was."""
         if self.pending is None:
             return
         copy, there, step, lr = self.pending
+        self.pending = None
         if there:
             there.synchronize()
-        bad = np.flatnonzero(~np.isfinite(copy.numpy()))
-        if len(bad):
-            n = len(copy) - 1
-            what = f"loss of level {bad[0] + 1} of {n}" if bad[0] < n else "gradient"
-            raise UserError(f"the {what} is no longer finite: step {step}, learning rate {lr:.1e}; the checkpoints are "
-                            "those of before. Start over with a lower --lr or --lr-encoder, after deleting them")
+        *losses, norm = copy.tolist()
+        for level, loss in enumerate(losses):
+            if not math.isfinite(loss):
+                self.stop(f"the loss of level {level + 1} of {len(losses)} is no longer finite", level, step, lr)
+        if not math.isfinite(norm):
+            self.stop("the gradient is no longer finite", None, step, lr)
+        if self.first is None:
+            self.first = losses
+        usual = np.median(self.last, axis=0) if self.last else self.first
+        for level, loss in enumerate(losses):
+            if loss > self.GROWTH * usual[level] and loss > self.first[level]:
+                self.stop(f"the loss of level {level + 1} of {len(losses)} is {loss:,.0f}, a thousand times its median "
+                          f"of the last {len(self.last)} steps, {usual[level]:.2f}", level, step, lr)
+        self.last.append(losses)
+
+    def stop(self, what: str, level: int | None, step: int, lr: float) -> None:
+        """UserError that says what happened, where, and what to do."""
+        heads = getattr(self.model, "heads", None)
+        part = self.model if level is None or heads is None or level >= len(heads) else heads[level]
+        largest = max(float(parameter.detach().abs().max()) for parameter in part.parameters())
+        raise UserError(f"{what}: step {step}, learning rate {lr:.1e}, largest weight {largest:.1e}; the checkpoints "
+                        "are those of before. Start over with a lower --lr or --lr-encoder, after deleting them")
 
 
 def positive(text: str) -> int:
@@ -394,13 +420,14 @@ def logger(folder: Path, config: Any) -> Callable[[dict], None]:
 
 def progress(record: dict, config: Any) -> str:
     """The line that a person reads for a record of the log."""
+    phase = "heads, epoch" if record.get("phase") == "heads" else "epoch"
     if "validation" in record:
         precision, recall = record["validation"]["P"][record["ranking"]], record["validation"]["recall"]
-        return (f"epoch {record['epoch']} validation P@1/3/5 {'/'.join(f'{p:.1f}' for p in precision)} ranked by "
+        return (f"{phase} {record['epoch']} validation P@1/3/5 {'/'.join(f'{p:.1f}' for p in precision)} ranked by "
                 f"{record['ranking']}; shortlist recall {' '.join(f'{r:.1f}' for r in recall)}")
     rate = record["batches_per_s"]
     left = (record["total"] - record["step"]) * config.accumulate / rate
-    return (f"epoch {record['epoch']}/{config.epochs} step {record['step']}/{record['total']}"
+    return (f"{phase} {record['epoch']}/{record['epochs']} step {record['step']}/{record['total']}"
             f"  loss {' '.join(f'{loss:.2f}' for loss in record['loss'])}  lr {record['lr']:.1e}"
             f"  {rate * config.batch_size:,.0f} documents/s  {left / 60:.1f} min left"
             + (f"  ({record['surplus']} positive nodes beyond k)" if record["surplus"] else "")
@@ -440,10 +467,19 @@ def go_on(folder: Path, config: Any) -> tuple[dict, Any]:
         except UserError as error:
             print(f"{str(error).split('; run: ')[0]}; the next epoch counts as the best so far")
             state["best"] = -1.0
-    keep_log(folder / "log.jsonl", state["step"])
-    print(f"going on after step {state['step']}, in epoch {state['epoch'] + 1} of {config.epochs}"
-          if state["epoch"] < config.epochs else "this run has finished; nothing is left to do")
+    step = state["steps_before"] + state["step"]
+    keep_log(folder / "log.jsonl", step)
+    print("this run has finished; nothing is left to do" if state["finished"]
+          else f"going on after step {step}, in {where_in(state)}")
     return state, dataclasses.replace(config, **state["config"])
+
+
+def where_in(state: dict) -> str:
+    """The epoch that a checkpoint stands in, in words."""
+    heads = state["phase"] == "heads"
+    epochs = state["config"]["head_epochs" if heads else "epochs"]
+    epoch = min(state["epoch"] + 1, epochs)
+    return f"epoch {epoch} of {epochs}" + (" of the heads alone" if heads else "")
 
 
 def start_over(folder: Path) -> None:
@@ -452,10 +488,9 @@ def start_over(folder: Path) -> None:
         state = load_checkpoint(folder)
     except UserError:  # none, or damaged, or of other data: nothing can go on from it
         state = None
-    if state and state["epoch"] < state["config"]["epochs"]:
-        raise UserError(f"{folder} holds a run that stopped in epoch {state['epoch'] + 1} of "
-                        f"{state['config']['epochs']}: go on with --resume, or delete {folder}/checkpoint*.pt to start "
-                        "over")
+    if state and not state["finished"]:
+        raise UserError(f"{folder} holds a run that stopped in {where_in(state)}: go on with --resume, or delete "
+                        f"{folder}/checkpoint*.pt to start over")
     old = [folder / name for name in ("checkpoint.previous.pt", "checkpoint.pt", "log.jsonl")]  # the finished one last
     if any(path.exists() for path in old):
         print("starting over: the checkpoints and the log of the run before are removed")
@@ -525,7 +560,7 @@ def keep_log(path: Path, step: int) -> None:
     _write_whole(path, lambda file: file.write("".join(kept).encode()))
 
 
-def need_space(folder: Path, n_bytes: float, replaced: tuple[str, ...] = ()) -> None:
+def need_space(folder: Path, n_bytes: float, replaced: tuple[str, ...] = (), advice: str = "") -> None:
     """UserError unless the folder can be written to and has room for that much, in place of the files `replaced`."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -536,7 +571,7 @@ def need_space(folder: Path, n_bytes: float, replaced: tuple[str, ...] = ()) -> 
     free += sum(path.stat().st_size for name in replaced for path in folder.glob(name))
     if free < n_bytes:
         raise UserError(f"--run {folder}: this stage writes about {n_bytes / 2**20:,.0f} MiB, {free / 2**20:,.0f} MiB "
-                        "are free; make room, or choose another folder")
+                        f"are free; make room, or choose another folder{advice and f'; {advice}'}")
 
 
 def room_for_training(folder: Path, model: torch.nn.Module) -> None:

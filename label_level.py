@@ -19,6 +19,8 @@ import torch
 from torch import Tensor
 
 CHUNK = {"cpu": 2**17, "cuda": 2**25}  # weights that are worked on at a time: on a CPU, what its caches hold
+BOUND = 10.0  # learning rates that a weight moves in a step at most
+FLOOR = 1e-3  # of the mean: what is added to the squares of every feature
 
 
 def product(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor) -> Tensor:
@@ -46,19 +48,69 @@ class Factors(NamedTuple):
     x_BD: Tensor  # float32, input of the head
 
 
-def chunks(parts: list[Factors], n: int) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yield (clusters (n,), their gradient (n, F, D)); that of several batches added up, for which it is made whole."""
-    clusters_U, dz_BUF, x_BD = parts[0]
-    if len(parts) == 1:
-        for clusters, dz in zip(clusters_U.split(n), dz_BUF.split(n, 1), strict=True):
-            yield clusters, (dz.flatten(1).T @ x_BD).view(*dz.shape[1:], -1)
-        return
-    clusters_U, places = torch.cat([part.clusters_U for part in parts]).unique(return_inverse=True)
-    places = places.split([len(part.clusters_U) for part in parts])
-    g_UFD = x_BD.new_zeros(len(clusters_U), dz_BUF.shape[2], x_BD.shape[1])
-    for place, (_, dz_BUF, x_BD) in zip(places, parts, strict=True):
-        g_UFD.index_add_(0, place, (dz_BUF.flatten(1).T @ x_BD).view(*dz_BUF.shape[1:], -1))
-    yield from zip(clusters_U.split(n), g_UFD.split(n), strict=True)
+class Gradient:
+    """The gradient of a weight (C, F, D), features scaled, for one step of RowAdam.
+
+    From one batch it stays two factors, which `chunks` multiplies for a few clusters at a time.
+    From several batches (--accumulate) their sum is made whole.
+    """
+
+    def __init__(self, parts: list[Factors], scale: Tensor | float) -> None:
+        self.x_BD = [part.x_BD / scale for part in parts]
+        self.dz_BUF = [part.dz_BUF for part in parts]
+        self.sum_UFD = None
+        if len(parts) == 1:
+            self.clusters_U = parts[0].clusters_U
+            self.place_U = [slice(None)]
+            return
+        # Each batch has touched clusters of its own. The sum is over all of them.
+        every = torch.cat([part.clusters_U for part in parts])
+        self.clusters_U, places = every.unique(return_inverse=True)
+        self.place_U = places.split([len(part.clusters_U) for part in parts])
+        fan = parts[0].dz_BUF.shape[2]
+        width = parts[0].x_BD.shape[1]
+        self.sum_UFD = self.x_BD[0].new_zeros(len(self.clusters_U), fan, width)
+        for place, dz_BUF, x_BD in zip(self.place_U, self.dz_BUF, self.x_BD, strict=True):
+            self.sum_UFD.index_add_(0, place, times(dz_BUF, x_BD))
+
+    def squares_of_features(self) -> Tensor:
+        """(D,) squares of the gradient, summed over all rows.
+
+        From the factors, sum_r (sum_b dz_br x_bd)^2 = sum_bc x_bd (sum_r dz_br dz_cr) x_cd: a product of documents
+        with documents comes first, so that the gradient itself is not needed.
+        """
+        if self.sum_UFD is not None:
+            return self.sum_UFD.square().sum((0, 1))
+        dz_BR = self.dz_BUF[0].flatten(1)
+        x_BD = self.x_BD[0]
+        between_BB = dz_BR @ dz_BR.T
+        return (x_BD * (between_BB @ x_BD)).sum(0).clamp(min=0)  # rounding may go below nothing
+
+    def bound_of_rows(self, scale_D: Tensor) -> Tensor:
+        """(U, F): no entry of a row of the scaled gradient is larger: |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|."""
+        bound_UF = 0
+        for place, dz_BUF, x_BD in zip(self.place_U, self.dz_BUF, self.x_BD, strict=True):
+            largest_B = (x_BD * scale_D).abs().amax(1)
+            part_UF = torch.einsum("buf,b->uf", dz_BUF.abs(), largest_B)
+            if self.sum_UFD is None:
+                return part_UF
+            bound_UF = part_UF.new_zeros(self.sum_UFD.shape[:2]) if isinstance(bound_UF, int) else bound_UF
+            bound_UF.index_add_(0, place, part_UF)
+        return bound_UF
+
+    def chunks(self, n: int, scale_D: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (clusters (n,), their scaled gradient (n, F, D)), n clusters at a time."""
+        if self.sum_UFD is not None:
+            yield from zip(self.clusters_U.split(n), (self.sum_UFD * scale_D).split(n), strict=True)
+            return
+        x_BD = self.x_BD[0] * scale_D
+        for clusters, dz_BnF in zip(self.clusters_U.split(n), self.dz_BUF[0].split(n, 1), strict=True):
+            yield clusters, times(dz_BnF, x_BD)
+
+
+def times(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
+    """The gradient (U, F, D) that two factors stand for."""
+    return (dz_BUF.flatten(1).T @ x_BD).view(*dz_BUF.shape[1:], -1)
 
 
 class ShortlistProduct(torch.autograd.Function):
@@ -96,15 +148,25 @@ def round_stochastically(values: Tensor) -> Tensor:
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam for the rows of labels: reads and writes the clusters that the gradient names. Instead of two moments per
-    weight it keeps the mean square v of a row's gradient, the weight c of the row's history, and the squares f of the
-    features' gradients in all rows (second moments in two factors: Adafactor, Shazeer and Stern 2018):
+    """Adam for the rows of labels. It reads and writes the clusters that the gradient names, and no others.
 
-        v <- beta v + (1 - beta) mean_d(g^2)    c <- beta c + (1 - beta)
-        w <- w - lr (g / sqrt(v / c * f / mean_d(f)) + decay w)    f <- beta f + (1 - beta) sum_rows(g^2)
+    Instead of two moments per weight it keeps the second moment in two factors (Adafactor, Shazeer and Stern 2018): one
+    number per feature, f, and one per row, v. A step is
 
-    Rows without any gradient, empty slots for one, stay as they are. The f of the steps before, where Adafactor's is of
-    this one, too, allows a single pass over the gradient. bfloat16 is rounded stochastically."""
+        f <- beta f + (1 - beta) sum_rows(g^2)        how large the gradient of each feature is, in all rows
+        h  = g / sqrt(f / mean(f))                    now all features are about equally large
+        v <- beta v + (1 - beta) mean_features(h^2)   how large the gradient of each row is; bias-corrected, see below
+        w <- w - lr (h / sqrt(v) + decay w)
+
+    Both f and v know the gradient of this very step before any weight moves. So h / sqrt(v) cannot run away when a
+    feature or a row that gave nothing so far wakes up: its mean square over a row is at most 1 / (1 - beta), as in Adam.
+    That leaves a row whose gradient stands in few features: BOUND caps the largest single entry. The cap is computed
+    from the factors, which costs little, and hardly ever acts.
+
+    A feature may be dead: zero in every document. FLOOR keeps its scale finite and does not blow up rounding noise.
+    A row's v is a mean over the steps in which the row had a gradient; c, the weight of that history, corrects its
+    bias. Rows without any gradient, such as empty slots, stay as they are. bfloat16 is rounded stochastically.
+    """
 
     def __init__(self, groups: list[dict], beta: float = 0.99) -> None:
         super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})
@@ -115,31 +177,39 @@ class RowAdam(torch.optim.Optimizer):
         """One step, which uses the gradients up; `scale`: what the loss was multiplied by."""
         for group in self.param_groups:
             for weight in group["params"]:
-                if parts := weight.__dict__.pop("factors", []):
-                    parts = [part._replace(x_BD=part.x_BD / scale) for part in parts]
-                    self.update(weight, parts, group["lr"], group["weight_decay"])
+                parts = weight.__dict__.pop("factors", [])
+                if parts:
+                    self.update(weight, Gradient(parts, scale), group["lr"], group["weight_decay"])
 
-    def update(self, weight: Tensor, parts: list[Factors], lr: float, decay: float) -> None:
+    def update(self, weight: Tensor, gradient: Gradient, lr: float, decay: float) -> None:
         """One step of a weight (C, F, D) or a bias (C, F), whose rows have a single feature."""
         state = self.state[weight]
         if not state:
-            shapes = {"rows": (*weight.shape[:2], 2), "features": weight.shape[2:] or 1}
-            state.update({name: torch.zeros(n, device=weight.device) for name, n in shapes.items()})
-        rows, features_D = state["rows"], state["features"]
-        scale_D = ((features_D.mean() + 1e-30) / (features_D + 1e-30)).sqrt()  # of ones in the first step
-        features_D.mul_(self.beta)
-        for clusters, g in chunks(parts, max(1, CHUNK[weight.device.type] // weight[0].numel())):
-            square = g.square()
-            features_D.add_(square.sum((0, 1)), alpha=1 - self.beta)
-            square = square.mean(2, keepdim=True)
+            state["rows"] = torch.zeros(*weight.shape[:2], 2, device=weight.device)
+            state["features"] = torch.zeros(weight.shape[2:] or 1, device=weight.device)
+        features_D = state["features"]
+        features_D.mul_(self.beta).add_(gradient.squares_of_features(), alpha=1 - self.beta)
+        mean = features_D.mean()
+        scale_D = ((mean + 1e-30) / (features_D + FLOOR * mean + 1e-30)).sqrt()
+
+        bound_UF = gradient.bound_of_rows(scale_D)
+        n = max(1, CHUNK[weight.device.type] // weight[0].numel())
+        for (clusters, h), bound in zip(gradient.chunks(n, scale_D), bound_UF.split(n), strict=True):
+            # The row's mean square, of this step too. A row without a gradient keeps its history.
+            square = torch.linalg.vector_norm(h, dim=2, keepdim=True).square() / h.shape[2]
             here = (square > 0).float()
-            vc = rows.index_select(0, clusters).lerp_(torch.cat([square, here], 2), (1 - self.beta) * here)
-            rows.index_copy_(0, clusters, vc)
+            vc = state["rows"].index_select(0, clusters)
+            vc.lerp_(torch.cat([square, here], 2), (1 - self.beta) * here)
+            state["rows"].index_copy_(0, clusters, vc)
             v, c = vc.split(1, 2)
-            rate = lr * here / ((v / c.clamp(min=1e-12)).sqrt() + 1e-12)
+            size = (v / c.clamp(min=1e-12)).sqrt()
+            size = torch.maximum(size, bound[..., None] / BOUND) + 1e-12
+
             w = weight.index_select(0, clusters).float()
-            w.view_as(g).mul_(1 - lr * decay * here).addcmul_(g.mul_(scale_D), rate, value=-1)
-            weight.index_copy_(0, clusters, round_stochastically(w) if weight.dtype == torch.bfloat16 else w)
+            w.view_as(h).mul_(1 - lr * decay * here).addcmul_(h, lr * here / size, value=-1)
+            if weight.dtype == torch.bfloat16:
+                w = round_stochastically(w)
+            weight.index_copy_(0, clusters, w)
 
     def load_state_dict(self, state_dict: dict) -> None:
         super().load_state_dict(state_dict)  # which turns everything to the type of the weights

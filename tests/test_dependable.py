@@ -237,7 +237,7 @@ def test_artifacts_of_another_run_are_refused(copied, tmp_path, corpus):
 
 def test_an_artifact_of_version_1_is_refused(prepared):
     shutil.copy(ROOT / "tests" / "version1" / "tree.npz", prepared)
-    with pytest.raises(UserError, match="tree.npz has format 1, expected 2; run: python 02_label_tree.py --run"):
+    with pytest.raises(UserError, match="tree.npz has format 1, expected 3; run: python 02_label_tree.py --run"):
         stages.tree.load(prepared)
 
 
@@ -322,7 +322,7 @@ def test_a_loss_that_is_not_finite_stops_within_a_step_and_keeps_the_checkpoint(
 
     monkeypatch.setattr(stages.model.Cascade, "loss", broken)
     monkeypatch.setattr(train, "INTERVALS", 1)
-    with pytest.raises(UserError, match="level 2 of 2 is no longer finite: step 9, learning rate 1.0e-02; the ch"):
+    with pytest.raises(UserError, match="level 2 of 2 is no longer finite: step 9, learning rate 1.0e-02, largest weight .*; the ch"):
         train.run(config_of(prepared, save_every=4))
     assert len(calls) == 10
     state, _ = artifacts.load_pt(prepared / "checkpoint.pt")
@@ -349,7 +349,8 @@ def test_fp16_overflow_is_skipped_by_the_scaler_and_counted(prepared, monkeypatc
 
 def test_a_run_can_be_watched(done):
     records = [json.loads(line) for line in (done / "log.jsonl").read_text().splitlines()]
-    assert {"epoch", "step", "total", "loss", "lr", "grad_norm", "batches_per_s", "surplus"} == set(records[0])
+    assert {"phase", "epoch", "epochs", "step", "total", "loss", "lr", "grad_norm", "batches_per_s",
+            "surplus"} == set(records[0])
     assert all(record["grad_norm"] > 0 for record in records if "loss" in record)
     assert [record["epoch"] for record in records if "validation" in record] == [1, 2]
     command = [sys.executable, str(ROOT / "03_model.py"), "--run", str(done), "--tiny", "1,32", "--topk", "4"]

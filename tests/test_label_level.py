@@ -25,24 +25,93 @@ def test_row_adam_equals_a_loop_over_rows(monkeypatch, shape, decay):
     start = torch.randn(shape, generator=torch.Generator().manual_seed(9))
     weight = torch.nn.Parameter(start.clone())
     optimizer = RowAdam([{"params": [weight], "lr": lr, "weight_decay": decay}], beta=beta)
-    expected, history, feature = start.double().view(9, 3, -1), {}, torch.ones(width)
+    expected = start.double().view(9, 3, -1)
+    history = {}
+    feature = torch.zeros(width, dtype=torch.float64)
     for seed, clusters in enumerate([[4, 0, 7], [7, 1], [0, 7, 2, 4]]):
         weight.factors = [factors(clusters, 3, width, seed)]
         dense = formed(shape, weight.factors).double().view(9, 3, -1)
+        largest_document = [float((weight.factors[0].x_BD[b]).abs().max()) for b in range(4)]
+        assert max(largest_document) < 9  # the cap is far away here
         optimizer.step()
+        feature = beta * feature + (1 - beta) * dense.square().sum((0, 1))
+        size_of_feature = ((feature + label_level.FLOOR * feature.mean()) / feature.mean()).sqrt()
         for row in [(cluster, i) for cluster in clusters for i in range(2)]:
+            scaled = dense[row] / size_of_feature
             squares = history.setdefault(row, [])
-            squares.append(float(dense[row].square().mean()))
+            squares.append(float(scaled.square().mean()))
             # Adam's second moment without its bias: the weighted mean of the squares so far.
             share = np.array([beta ** (len(squares) - 1 - i) for i in range(len(squares))])
             mean = float((share * squares).sum() / share.sum())
-            expected[row] -= lr * (dense[row] / (mean * feature / feature.mean()) ** 0.5 + decay * expected[row])
-        # The features' squares are those of the steps before.
-        feature = beta * feature * (seed > 0) + dense.square().sum((0, 1))
+            expected[row] -= lr * (scaled / mean**0.5 + decay * expected[row])
     torch.testing.assert_close(weight.detach().double().view(9, 3, -1), expected, rtol=1e-5, atol=1e-6)
     untouched = [3, 5, 6, 8]
     assert torch.equal(weight[untouched], start[untouched]) and torch.equal(weight[:, 2], start[:, 2])
     assert [value.numel() for value in optimizer.state[weight].values()] == [54, width]
+
+
+def step_of(weight, optimizer, parts, scale=1.0):
+    """The largest move of a weight, in learning rates, in a step with these factors."""
+    before = weight.detach().clone()
+    weight.factors = [part._replace(dz_BUF=part.dz_BUF * scale) for part in parts]
+    optimizer.step(scale=scale)
+    assert weight.isfinite().all()
+    return float((weight.detach() - before).abs().max()) / optimizer.param_groups[0]["lr"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 65536.0])
+@pytest.mark.parametrize("n_batches", [1, 2])
+@pytest.mark.parametrize("before", [0.0, 1e-33, 1.5e-9, 1e-3])
+def test_a_feature_that_wakes_up_moves_no_weight_far(before, n_batches, scale):
+    """Features that are zero, or nearly, for twenty steps, as some of a pretrained encoder are until training moves
+    their LayerNorm gain; then they are as large as others."""
+    weight = torch.nn.Parameter(torch.zeros(9, 3, 8))
+    optimizer = RowAdam([{"params": [weight], "lr": 1e-2}])
+    moves = []
+    for step in range(40):
+        parts = [factors([4, 0, 7], 3, 8, 10 * step + i) for i in range(n_batches)]
+        for part in parts:
+            part.x_BD[:, :2] *= before if step < 20 else 1e-3 if step == 20 else 1.0
+        moves.append(step_of(weight, optimizer, parts, scale))
+    assert 0.5 < max(moves) <= label_level.BOUND
+    assert sorted(moves)[20] < 5
+
+
+@pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
+def test_a_row_that_comes_late_moves_no_weight_far(size):
+    """Rows whose first gradient comes when the features have a history, and is smaller or larger than all before."""
+    weight = torch.nn.Parameter(torch.zeros(9, 3, 8))
+    optimizer = RowAdam([{"params": [weight], "lr": 1e-2}])
+    for step in range(30):
+        step_of(weight, optimizer, [factors([4, 0, 7], 3, 8, step)])
+    late = factors([8, 1], 3, 8, 99)
+    late.dz_BUF.mul_(size)
+    assert 0.5 < step_of(weight, optimizer, [late]) <= label_level.BOUND
+
+
+def test_another_encoder_behind_the_features_moves_no_weight_far():
+    """A frozen encoder that is thawed: which features are large changes from one step to the next."""
+    weight = torch.nn.Parameter(torch.zeros(9, 3, 8))
+    optimizer = RowAdam([{"params": [weight], "lr": 1e-2}])
+    sizes_D = 10.0 ** torch.arange(-4, 4)
+    for step in range(60):
+        part = factors([4, 0, 7], 3, 8, step)
+        part.x_BD.mul_(sizes_D if step < 30 else sizes_D.flip(0))
+        assert step_of(weight, optimizer, [part]) <= label_level.BOUND
+
+
+def test_a_gradient_in_a_single_entry_moves_no_weight_far():
+    """Two documents that pull a row in opposite directions, and differ in one feature alone."""
+    weight = torch.nn.Parameter(torch.zeros(2, 1, 512))
+    optimizer = RowAdam([{"params": [weight], "lr": 1e-2}])
+    everything = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
+    for _ in range(10):  # all features have a history, from another row
+        step_of(weight, optimizer, [Factors(torch.tensor([0]), torch.ones(16, 1, 1), everything)])
+    x_BD = everything[:2].clone()
+    x_BD[1] = x_BD[0]
+    x_BD[1, 7] += 1
+    one = Factors(torch.tensor([1]), torch.tensor([1.0, -1.0]).view(2, 1, 1), x_BD)
+    assert 0.01 < step_of(weight, optimizer, [one]) <= label_level.BOUND
 
 
 def test_a_step_uses_the_gradient_up():
@@ -66,7 +135,8 @@ def test_row_adam_adds_up_what_was_accumulated(monkeypatch):
     for gradient in (parts, [Factors(clusters_U, dz_BUF, x_BD)]):
         weight = torch.nn.Parameter(torch.zeros(9, 3, 5))
         weight.factors = gradient
-        clusters, g = zip(*label_level.chunks(gradient, 3), strict=True)
+        chunks = label_level.Gradient(gradient, 1.0).chunks(3, torch.ones(5))
+        clusters, g = zip(*chunks, strict=True)
         assert [len(part) for part in clusters] == [len(part) for part in g] == [3, 1]
         found = torch.zeros(9, 3, 5).index_add_(0, torch.cat(clusters), torch.cat(g))
         torch.testing.assert_close(found, formed(weight.shape, parts))
@@ -74,6 +144,17 @@ def test_row_adam_adds_up_what_was_accumulated(monkeypatch):
         results.append(weight.detach())
     torch.testing.assert_close(*results)
     assert results[0][1].abs().sum() > 0
+
+
+@pytest.mark.parametrize("n_batches", [1, 3])
+def test_what_is_said_of_a_gradient_from_its_factors_is_true(n_batches):
+    parts = [factors([4, 1], 3, 5, seed) for seed in range(n_batches)]
+    scale_D = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])
+    whole = formed((9, 3, 5), parts)
+    gradient = label_level.Gradient(parts, 1.0)
+    torch.testing.assert_close(gradient.squares_of_features(), whole.square().sum((0, 1)))
+    largest_UF = (whole * scale_D).abs().amax(2)[gradient.clusters_U]
+    assert (gradient.bound_of_rows(scale_D) >= largest_UF * (1 - 1e-6)).all()
 
 
 def test_a_frozen_head_gathers_no_gradients():

@@ -34,7 +34,7 @@ class Batch(namedtuple("Batch", (*stages.data.Batch._fields, "parents_BK"))):
     """A stages.data.Batch with the parents whose children are candidates, -1 where a document has fewer."""
 
     def to(self, device: torch.device) -> "Batch":
-        return Batch(*(tensor.to(device, non_blocking=True) for tensor in self))
+        return stages.data.move(self, device)
 
 
 class Batches(stages.train.Batches):
