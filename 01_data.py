@@ -155,7 +155,10 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], vocab: int) -> "PreTrain
         normalizers.NFKC(),
         normalizers.BertNormalizer(strip_accents=False, lowercase=True),
     ])
-    characters = sorted({character for text in texts() for character in normalizer.normalize_str(text)} - {" "})
+    found = set()
+    for text in texts():
+        found.update(normalizer.normalize_str(text))
+    characters = sorted(found - {" "})
 
     # Words end at blanks and at punctuation. WordPiece turns a word into one [UNK] if it is very long, or if a single
     # one of its characters is new. So we cut long words, such as a line of Thai, and set new characters apart.
