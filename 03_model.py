@@ -142,8 +142,8 @@ class Cascade(nn.Module):
             raise UserError(f"--topk {topk}: levels {tree.levels} have at most {most[: len(tree.levels)]} candidates")
         self.heads = nn.ModuleList(Head(n, fan, width, sparse=n == self.counts[-2])
                                    for n, fan in zip(self.counts, fans, strict=False))
-        # Hidden states that some level reads. They are centred, and scaled by one number each, before a level sees them:
-        # stage 4 fills this in for a pretrained encoder, where most of a feature is a mean that all documents share.
+        # Hidden states that some level reads. Before a level sees one, it is centred and scaled by one number: stage 4
+        # fills these in for a pretrained encoder, where most of a feature is a mean that all documents share.
         self.hidden = sorted(set(sum(layers, [])))
         self.center_HD = nn.Buffer(torch.zeros(len(self.hidden), width))
         self.scale_H = nn.Buffer(torch.ones(len(self.hidden)))
@@ -167,10 +167,13 @@ class Cascade(nn.Module):
             pooled = (encoder or self.encoder)(batch.ids_BT, batch.mask_BT, set(self.hidden))
         return torch.stack([pooled[layer] for layer in self.hidden], dim=1)
 
+    def scaled(self, pooled_BHD: Tensor) -> Tensor:
+        """The same, float32, centred, and each hidden state scaled by one number."""
+        return (pooled_BHD.to(self.center_HD.dtype) - self.center_HD) * self.scale_H[:, None]
+
     def features(self, batch: data_stage.Batch, encoder: Encoder | None = None) -> list[Tensor]:
         """(B, D) per level, float32: what the level reads, centred, scaled, and joined where it reads two."""
-        pooled_BHD = self.pooled(batch, encoder).to(self.center_HD.dtype)
-        x_BHD = (pooled_BHD - self.center_HD) * self.scale_H[:, None]
+        x_BHD = self.scaled(self.pooled(batch, encoder))
         features = []
         for group, join in zip(self.layers, self.join, strict=True):
             places = [self.hidden.index(layer) for layer in group]

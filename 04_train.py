@@ -206,9 +206,9 @@ def encode(model: model_stage.Cascade, data: data_stage.Data, config: Config, st
     for name in ("train", "val"):
         split = data.splits[name]
         size = 2 * len(split) * math.prod(shape)
-        artifacts.need_space(Path(config.run), size, advice="--head-epochs 0 does without the features of --head-epochs")
-        file = tempfile.TemporaryFile(dir=config.run)
-        encoded[name] = np.memmap(file, np.float16, "w+", shape=(len(split), *shape))
+        artifacts.need_space(Path(config.run), size, advice="or do without these features: --head-epochs 0")
+        with tempfile.TemporaryFile(dir=config.run) as file:  # the array keeps it as long as it is needed
+            encoded[name] = np.memmap(file, np.float16, "w+", shape=(len(split), *shape))
         # Documents of about one length together, as in prediction: hardly any padding.
         order = np.argsort(np.diff(split.offsets), kind="stable")
         size = 2 * config.batch_size

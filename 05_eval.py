@@ -8,8 +8,8 @@ Writes   RUN/predictions.npz    labels (N, k) int32, -1 where there are fewer; s
                                 documents in the corpus' order; of another split than test: RUN/predictions.SPLIT.npz
 
 The rankings of the cascade (p(label) p(its cluster); the product down the whole path; p(label) alone) stand side by
-side; the one that is written was chosen on the validation split by stage 4. p(label) alone is a
-ranking of the beam: it was trained inside shortlists, and orders all labels in another way, so --exact refuses it. The yardsticks are
+side; the one that is written was chosen on the validation split by stage 4. p(label) alone is a ranking of the beam:
+it was trained inside shortlists, and orders all labels in another way, so --exact refuses it. The yardsticks are
 computed in the same run, from the same tokens: the most frequent labels, and 20 nearest neighbours on TF-IDF. Metrics
 are means over the documents that have labels, in percent. Labels known beforehand (filter files) are in no row. Left
 out here: pictures, comparisons between runs and their
@@ -183,8 +183,8 @@ def run(config: Config) -> None:
     weight_L = inverse_propensity(np.bincount(train.labels, minlength=n_labels), len(train), a, b)
     model, trained, ranking = train_stage.load(config.run, data)
     if config.exact and ranking == "label" and model.topk:
-        raise UserError("--exact: validation chose p(label) as the ranking of the beam. It was trained inside the beam and "
-                        "orders all labels in another way, so there is no exact counterpart; leave --exact out")
+        raise UserError("--exact: validation chose p(label) as the ranking of the beam. It was trained inside the beam "
+                        "and orders all labels in another way, so it has no exact counterpart; leave --exact out")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device).eval()
     k = config.k

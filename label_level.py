@@ -87,7 +87,10 @@ class Gradient:
         return (x_BD * (between_BB @ x_BD)).sum(0).clamp(min=0)  # rounding may go below nothing
 
     def bound_of_rows(self, scale_D: Tensor) -> Tensor:
-        """(U, F): no entry of a row of the scaled gradient is larger: |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|."""
+        """(U, F): no entry of a row of the scaled gradient is larger than this.
+
+        |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|.
+        """
         bound_UF = 0
         for place, dz_BUF, x_BD in zip(self.place_U, self.dz_BUF, self.x_BD, strict=True):
             largest_B = (x_BD * scale_D).abs().amax(1)
@@ -150,8 +153,8 @@ def round_stochastically(values: Tensor) -> Tensor:
 class RowAdam(torch.optim.Optimizer):
     """Adam for the rows of labels. It reads and writes the clusters that the gradient names, and no others.
 
-    Instead of two moments per weight it keeps the second moment in two factors (Adafactor, Shazeer and Stern 2018): one
-    number per feature, f, and one per row, v. A step is
+    Instead of two moments per weight it keeps the second moment in two factors (Adafactor, Shazeer and Stern 2018):
+    one number per feature, f, and one per row, v. A step is
 
         f <- beta f + (1 - beta) sum_rows(g^2)        how large the gradient of each feature is, in all rows
         h  = g / sqrt(f / mean(f))                    now all features are about equally large
@@ -159,7 +162,7 @@ class RowAdam(torch.optim.Optimizer):
         w <- w - lr (h / sqrt(v) + decay w)
 
     Both f and v know the gradient of this very step before any weight moves. So h / sqrt(v) cannot run away when a
-    feature or a row that gave nothing so far wakes up: its mean square over a row is at most 1 / (1 - beta), as in Adam.
+    feature or a row that gave nothing so far wakes up: its mean square over a row is at most 1 / (1 - beta), as Adam's.
     That leaves a row whose gradient stands in few features: BOUND caps the largest single entry. The cap is computed
     from the factors, which costs little, and hardly ever acts.
 

@@ -322,7 +322,8 @@ def test_a_loss_that_is_not_finite_stops_within_a_step_and_keeps_the_checkpoint(
 
     monkeypatch.setattr(stages.model.Cascade, "loss", broken)
     monkeypatch.setattr(train, "INTERVALS", 1)
-    with pytest.raises(UserError, match="level 2 of 2 is no longer finite: step 9, learning rate 1.0e-02, largest weight .*; the ch"):
+    message = "level 2 of 2 is no longer finite: step 9, learning rate 1.0e-02, largest weight .*; the ch"
+    with pytest.raises(UserError, match=message):
         train.run(config_of(prepared, save_every=4))
     assert len(calls) == 10
     state, _ = artifacts.load_pt(prepared / "checkpoint.pt")

@@ -17,7 +17,9 @@ from artifacts import UserError
 
 train = stages.train
 DEAD = {3: 0.0, 5: 1e-33}  # features of the last layer, and the gain that makes them so
-SETTINGS = {"pooling": "mean", "max_len": 32, "batch_size": 16, "topk": "4", "amp": "off", "head_epochs": 2, "epochs": 2}
+SETTINGS = {
+    "pooling": "mean", "max_len": 32, "batch_size": 16, "topk": "4", "amp": "off", "head_epochs": 2, "epochs": 2,
+}
 
 
 def save_encoder(folder, texts):

@@ -77,13 +77,15 @@ def ridge(x_ND: np.ndarray, Y_NM: csr_matrix, shrink: float = 0.1) -> tuple[np.n
 
 
 @torch.no_grad()
-def warm_start(way: str, above: torch.nn.Module, head: torch.nn.Module, x_ND: np.ndarray, Y_NM: csr_matrix) -> None:
+def warm_start(way: str, above: torch.nn.Module | None, head: torch.nn.Module, x_ND: np.ndarray, Y_NM: csr_matrix
+               ) -> None:
     """Set a Head of M nodes before it is trained, by one of WARM_STARTS: from features x_ND of the documents and their
-    nodes Y_NM; from the head of the level above, each child as its parent; or leave it as it is."""
-    mine, its = (head.weight, head.bias), (above.weight, above.bias)
+    nodes Y_NM; from the head of the level above, each child as its parent, if there is one; or leave it as it is."""
+    mine = head.weight, head.bias
     if way == "linear":
         values = [torch.from_numpy(array) for array in ridge(x_ND, Y_NM)]
-    elif way == "inherit":
+    elif way == "inherit" and above is not None:
+        its = above.weight, above.bias
         values = [array.flatten(0, 1)[:, None].expand_as(own) for array, own in zip(its, mine, strict=True)]
     else:
         return

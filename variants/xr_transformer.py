@@ -13,7 +13,8 @@ What differs from the cascade:
 - candidates are fixed for a stage: the children of a document's true parents (teacher forcing) and of the b best ones
   that the stage above finds for it (matcher-aware negatives), padded where documents have fewer;
 - the loss is a squared hinge, w max(0, 1 - y z)^2; w of a positive node: the document's labels below it, else 1;
-- a new resolution starts from a classifier on the features of the stage above: variants/staging.py;
+- a new resolution starts from a classifier on the features of the stage above: variants/staging.py; the first one,
+  where the cascade trains its heads first, on those of the encoder as it was;
 - a node's score is exp(-max(0, 1 - z)^3) times its parent's, in a beam of b.
 
 To predict, every stage needs the encoder it was trained with. The authors throw these heads away for a linear ranker:
@@ -40,6 +41,7 @@ from variants.common import stages
 from variants.staging import WARM_STARTS, Batch, Batches, shares, warm_start
 
 NAME = "xr_transformer"
+CHUNK = 4096  # documents whose cached features are scaled at a time
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,27 @@ class XRTransformer(stages.model.Cascade):
         """Put the encoder by, and start the next head from features (N, D) of the training documents."""
         self.earlier[self.stage].load_state_dict(self.encoder.state_dict())
         self.stage += 1
+        self.start_head(x_ND, train, warm)
+
+    def start_head(self, x_ND: np.ndarray, train: stages.data.Split, warm: str) -> None:
+        """Start the head of this stage from features (N, D) of the training documents."""
         label_P = torch.from_numpy(train.labels.astype(np.int64)).to(self.empty.device)
         node_P = self.nodes(label_P, self.stage + 1).cpu().numpy()
         shape = len(x_ND), self.counts[self.stage + 1]
         Y_NM = csr_matrix((np.ones(len(node_P)), node_P, train.label_offsets), shape)
-        warm_start(warm, *self.heads[self.stage - 1 : self.stage + 1], x_ND, Y_NM)
+        above = self.heads[self.stage - 1] if self.stage else None
+        warm_start(warm, above, self.heads[self.stage], x_ND, Y_NM)
+
+    @torch.no_grad()
+    def start(self, data: stages.data.Data, config: stages.train.Config, warm: str) -> None:
+        """The cascade's start, as far as it applies: centre the features of a pretrained encoder, and start the first
+        head from them before the encoder is trained, as the later heads start from those of the stage above."""
+        encoded = stages.train.encode(self, data, config, stop=lambda: False).encoded["train"]
+        stages.train.center(self, encoded)
+        parts = [slice(start, start + CHUNK) for start in range(0, len(encoded), CHUNK)]
+        x_ND = np.concatenate([self.scaled(torch.from_numpy(encoded[part]).to(self.empty.device))[:, 0].cpu().numpy()
+                               for part in parts])
+        self.start_head(x_ND, data.splits["train"], warm)
 
     def param_groups(self, lr: float, lr_encoder: float) -> list[dict]:
         """Without the rows of labels until their stage has come."""
@@ -155,6 +173,9 @@ def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransfor
     model, n = build(data, tree, config).to(device), len(data.splits["train"])
     model.amp, start = config.amp, time.perf_counter()
     above = [np.zeros((n, 1), np.int64), np.zeros((n, 1), np.float32)]  # the root, whose score is 1
+    if config.head_epochs:
+        model.stage = 0
+        model.start(data, config, warm)
     for t, epochs in enumerate(shares(config.epochs, len(model.heads))):
         model.stage = t
         print(f"level {t + 1} of {len(model.heads)}: {model.counts[t + 1]:,} nodes, {epochs} passes", flush=True)
