@@ -43,6 +43,8 @@ class Config:
     topk: str = flag(None, "clusters kept per cluster level [192,384,768]", str)
     pooling: str = flag(None, "a document's feature: 'first' token or 'mean' of all [tiny mean, else first]", str)
     layers: str = flag("", "hidden states read per level, such as 5+6,8,10,12 (0: embeddings) [spaced by depth]")
+    join: str = flag("map", "several hidden states of a level: 'map' to one feature, or 'none': read side by side")
+    dropout: str = flag("", "of each level's feature, such as 0.2,0.25,0.4, or one number for all [as published]")
     label_bf16: bool = flag(False, "hold label weights in bfloat16, rounded stochastically: for millions of labels")
     tiny: str = flag("1,256", "layers and width of the encoder 'tiny'")
     seed: int = flag(0, "seed of every random choice", natural)
@@ -128,7 +130,8 @@ class Encoder(nn.Module):
 class Cascade(nn.Module):
     """Encoder, a head per level, and the descent through the tree."""
 
-    def __init__(self, encoder: Encoder, tree: tree_stage.Tree, topk: list[int], layers: list[list[int]]) -> None:
+    def __init__(self, encoder: Encoder, tree: tree_stage.Tree, topk: list[int], layers: list[list[int]],
+                 join: str = "map", dropout: list[float] | None = None) -> None:
         super().__init__()
         self.encoder, self.topk, self.layers, self.amp = encoder, topk, layers, "off"
         self.counts = [1, *tree.levels, len(tree.slot_to_label)]  # nodes per level, from the root to the slots
@@ -140,15 +143,22 @@ class Cascade(nn.Module):
         most = [k * fan for k, fan in zip([1, *topk], fans, strict=False)]  # the children of what is kept above
         if len(topk) != len(tree.levels) or any(not 1 <= k <= n for k, n in zip(topk, most, strict=False)):
             raise UserError(f"--topk {topk}: levels {tree.levels} have at most {most[: len(tree.levels)]} candidates")
-        self.heads = nn.ModuleList(Head(n, fan, width, sparse=n == self.counts[-2])
-                                   for n, fan in zip(self.counts, fans, strict=False))
+        # A level that reads several hidden states maps them to one of the encoder's width, as published; or it reads
+        # them as they are, and its rows are as wide as all of them together.
+        if join not in ("map", "none"):
+            raise UserError(f"--join {join}: expected map or none")
+        widths = [width if join == "map" else len(group) * width for group in layers]
+        self.heads = nn.ModuleList(Head(n, fan, wide, sparse=n == self.counts[-2])
+                                   for n, fan, wide in zip(self.counts, fans, widths, strict=False))
         # Hidden states that some level reads. Before a level sees one, it is centred and scaled by one number: stage 4
         # fills these in for a pretrained encoder, where most of a feature is a mean that all documents share.
         self.hidden = sorted(set(sum(layers, [])))
         self.center_HD = nn.Buffer(torch.zeros(len(self.hidden), width))
         self.scale_H = nn.Buffer(torch.ones(len(self.hidden)))
-        self.join = nn.ModuleList(nn.Linear(len(g) * width, width) if len(g) > 1 else nn.Identity() for g in layers)
-        self.dropout = nn.ModuleList(nn.Dropout(rate) for rate in DROPOUT.get(n_levels, (0.3,) * n_levels))
+        self.join = nn.ModuleList(nn.Linear(len(group) * width, width) if join == "map" and len(group) > 1
+                                  else nn.Identity() for group in layers)
+        dropout = dropout or DROPOUT.get(n_levels, (0.3,) * n_levels)
+        self.dropout = nn.ModuleList(nn.Dropout(rate) for rate in dropout)
         slots = torch.from_numpy(tree.slot_to_label).long()
         self.slot_to_label = nn.Buffer(slots, persistent=False)
         self.label_to_slot = nn.Buffer(slots.argsort()[(slots < 0).sum() :], persistent=False)  # empty ones sort first
@@ -238,6 +248,20 @@ class Cascade(nn.Module):
         return [dict(zip(("lr", "weight_decay", "rows"), key, strict=True), params=groups[key]) for key in groups]
 
 
+def rates(text: str, n_levels: int) -> list[float] | None:
+    """'0.2,0.3,0.4' or, for all levels, '0.2' -> dropout rates; '' -> None, as published."""
+    if not text:
+        return None
+    try:
+        found = [float(part) for part in text.split(",")]
+    except ValueError:
+        found = []
+    found = found * n_levels if len(found) == 1 else found
+    if len(found) != n_levels or not all(0 <= rate < 1 for rate in found):
+        raise UserError(f"--dropout {text}: expected one number from 0 to 1, or one for each of {n_levels} levels")
+    return found
+
+
 def build(data: data_stage.Data, tree: tree_stage.Tree, config: Config, backbone=None) -> Cascade:
     """The cascade before training, or around an encoder that is there already."""
     torch.manual_seed(config.seed)
@@ -250,7 +274,7 @@ def build(data: data_stage.Data, tree: tree_stage.Tree, config: Config, backbone
     topk = int_list(config.topk, "--topk") if config.topk else [min(n, 192 << t) for t, n in enumerate(tree.levels)]
     layers = ([int_list(group.replace("+", ","), "--layers") for group in config.layers.split(",")] if config.layers
               else choose_layers(backbone.config.num_hidden_layers, len(tree.levels) + 1))
-    model = Cascade(encoder, tree, topk, layers)
+    model = Cascade(encoder, tree, topk, layers, config.join, rates(config.dropout, len(tree.levels) + 1))
     leaf = model.heads[-1].weight
     leaf.data = leaf.data.bfloat16() if config.label_bf16 else leaf.data
     return model
