@@ -33,7 +33,9 @@ def runs_of(folder: Path, corpus: Path) -> dict:
     """{stage: a function that runs it in the folder, going on where there is something to go on from}."""
     def train():
         resume = any((folder / name).exists() for name in CHECKPOINTS)
-        stages.train.run(stages.train.Config(run=str(folder), resume=resume, save_every=2, **SMALL))
+        # The heads alone first, as with a pretrained encoder: kills come in both phases, and between them.
+        config = stages.train.Config(run=str(folder), resume=resume, save_every=2, **SMALL | {"head_epochs": 1})
+        stages.train.run(config)
 
     return {
         "data": lambda: stages.data.run(stages.data.Config(run=str(folder), corpus=str(corpus), vocab=400)),

@@ -326,6 +326,26 @@ def test_encoders_of_every_family(family, pooling):
         model_stage.Encoder(backbone, pooling, 41)
 
 
+def test_a_level_reads_its_hidden_states_side_by_side_or_mapped_to_one_feature():
+    encoder = make_model().encoder
+    batch, _ = make_batch()
+    layers = [[0], [1], [0, 1]]
+    hidden = encoder(batch.ids_BT, batch.mask_BT, {0, 1})
+    model = model_stage.Cascade(encoder, make_tree(), [2, 5], layers, "none", [0.1, 0.0, 0.2]).eval()
+    model.center_HD.copy_(torch.randn(2, 16))
+    model.scale_H.copy_(torch.tensor([2.0, 3.0]))
+    expected = torch.cat([2 * (hidden[0] - model.center_HD[0]), 3 * (hidden[1] - model.center_HD[1])], dim=1)
+    torch.testing.assert_close(model.features(batch)[2], expected)
+    assert [head.weight.shape[2] for head in model.heads] == [16, 16, 32]
+    assert [dropout.p for dropout in model.dropout] == [0.1, 0.0, 0.2]
+    model.loss(batch)[0].sum().backward()
+    assert gradient(model.heads[2].weight).abs().sum() > 0
+    mapped = model_stage.Cascade(encoder, make_tree(), [2, 5], layers)
+    assert [head.weight.shape[2] for head in mapped.heads] == [16, 16, 16]
+    assert mapped.features(batch)[2].shape == (6, 16)
+    assert model_stage.rates("0.2", 3) == [0.2] * 3 and model_stage.rates("", 3) is None
+
+
 def test_positions_start_behind_the_padding_id_in_roberta():
     config = transformers.RobertaConfig(vocab_size=60, hidden_size=16, num_hidden_layers=1, num_attention_heads=2,
                                         intermediate_size=16, max_position_embeddings=40, pad_token_id=1)
