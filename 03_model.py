@@ -8,8 +8,16 @@ Writes   nothing; stage 4 trains this model
 After CascadeXML (Kharbanda, Banerjee, Schultheis, Babbar; NeurIPS 2022). Every resolution of the label tree reads its
 own layer of one transformer. The candidates at a resolution are the children of the best nodes of the one above; in
 training the nodes with a positive label below them count as best, and the others, which scored high and are wrong, are
-the hard negatives. The loss is binary cross-entropy over the candidates, summed over the resolutions. Left out here:
-the authors' ensembles, several devices, one-vs-all without a tree.
+the hard negatives. The loss is binary cross-entropy over the candidates, summed over the resolutions.
+
+Heads first. A pretrained encoder knows much and the heads, at the start, nothing: trained together, what the heads send
+back is noise, and it damages the encoder before they have learnt to listen. So stage 4 runs the encoder over the corpus
+once, keeps its features, and trains the heads alone on them, which takes minutes; then everything, end to end (linear
+probing, then fine-tuning: Kumar et al., ICLR 2022). Most of a pretrained feature is one mean that all documents share,
+so features are centred, and scaled by one number per hidden state, for a single feature may be always zero. A node's
+bias starts at the log odds of having a document.
+
+Left out here: the authors' ensembles, several devices, one-vs-all without a tree.
 Shapes   B batch, T tokens, D width, C clusters, F children of each (fan), K kept for a document,
          P positive pairs, S slots
 """

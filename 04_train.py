@@ -1,6 +1,7 @@
-"""Stage 4: train the cascade end to end, and keep the epoch that is best on validation.
+"""Stage 4: train the heads, then the whole cascade end to end, and keep the epoch that is best on validation.
 
     python 04_train.py
+    python 04_train.py --run runs/mine --epochs 0           the heads alone: a linear probe, minutes on a CPU
     python 04_train.py --run runs/mine --epochs 15 --batch-size 64
     python 04_train.py --run runs/mine --resume             go on from the last checkpoint
 
@@ -9,7 +10,10 @@ Writes   RUN/model.pt        the best model by validation P@1 + P@3 + P@5: weigh
          RUN/checkpoint.pt   everything needed to go on; the one before it is RUN/checkpoint.previous.pt
          RUN/log.jsonl       one record per interval and per epoch
 
-Settings left open come from a recipe: one for 'tiny', the paper's for pretrained encoders. Left out: a second device.
+Settings left open come from a recipe: one for 'tiny', which learns everything at once, one for pretrained encoders.
+There the heads learn first (--head-epochs; 03_model.py says why), on features that the encoder computes once. These
+lie, in float16, in a file without a name in RUN: 2 bytes x documents x hidden states read x width. Left out: a second
+device.
 """
 
 import math
@@ -298,8 +302,7 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
         """What fit calls to save: after an epoch with a validation, and the model where that is the best so far."""
         def save(state: dict) -> None:
             nonlocal best
-            content = {"config": settings(config), "phase": phase}
-            content["finished"] = phase == list(phases)[-1] and state["epoch"] == its.epochs
+            content = {"config": settings(config)}
             if state["batch"] == 0:  # an epoch is over
                 result = validate(model, data, its)
                 ranking = max(model_stage.RANKINGS, key=lambda name: sum(result["P"][name]))
@@ -310,7 +313,9 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
                     encoder = model.encoder.backbone.config.to_dict()
                     more = {"ranking": ranking, "encoder": encoder, "model": state["model"]}
                     save_pt(out / "model.pt", config, content | more, ("data.npz", "tree.npz"))
-            artifacts.save_checkpoint(out, config, content | state | {"best": best, "steps_before": steps_before})
+            finished = phase == list(phases)[-1] and state["epoch"] == its.epochs
+            where = {"best": best, "phase": phase, "steps_before": steps_before, "finished": finished}
+            artifacts.save_checkpoint(out, config, content | state | where)
         return save
 
     with artifacts.asked_to_stop() as stop:
