@@ -1,22 +1,25 @@
 """Does the label level lose accuracy? The same models, their label rows trained in three ways, over several seeds.
 
-    python bench/parity.py                      the demo corpus, three seeds: 40 minutes on two CPU cores with bf16
+    python bench/parity.py                      the demo corpus, three seeds: an hour on two CPU cores
     python bench/parity.py --kinds rows,dense --seeds 0 --epochs 1
+    python bench/parity.py --corpus FOLDER --encoder FOLDER --pooling mean --max-len 64 --topk 64,384
 
 rows   as shipped: the touched clusters by RowAdam, a second moment per row and per feature
 dense  all rows in every step by AdamW, two moments per weight, as the cluster levels
 bf16   as rows, with --label-bf16
 
-Metrics are of the test split, ranked as validation chose, in percent; model and tree of a seed are the same for all.
+All other flags are those of stage 4. Metrics are of the test split, ranked as validation chose, in percent; model and
+tree of a seed are the same for all.
 """
 
 import argparse
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 from common import Report, stages
 
-from artifacts import over_split, set_up_torch
+from artifacts import over_split, parse, set_up_torch
 
 METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")
 
@@ -28,13 +31,12 @@ def build_dense(*args):
     return model
 
 
-def measure(run: Path, kind: str, seed: int, amp: str, epochs: int | None) -> list[float]:
+def measure(config: stages.train.Config, kind: str) -> list[float]:
     """Train and test one model."""
     build = build_dense if kind == "dense" else stages.model.build
-    extra = {"epochs": epochs} if epochs else {}
-    stages.train.run(stages.train.Config(run=str(run), seed=seed, amp=amp, label_bf16=kind == "bf16", **extra), build)
-    data = stages.data.load(run)
-    model, config, ranking = stages.train.load(run, data)
+    stages.train.run(replace(config, label_bf16=kind == "bf16"), build)
+    data = stages.data.load(config.run)
+    model, config, ranking = stages.train.load(config.run, data)
     train, split = data.splits["train"], data.splits["test"]
     weight_L = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
     found = over_split(model, data, "test", config.max_len, 128,
@@ -46,23 +48,23 @@ def measure(run: Path, kind: str, seed: int, amp: str, epochs: int | None) -> li
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--corpus", default="data/debian")
+    parser.add_argument("--encoder", default="tiny", help="as of stage 1 [tiny]")
     parser.add_argument("--runs", default="runs/parity", help="folder for the run folders [runs/parity]")
     parser.add_argument("--kinds", default="rows,dense,bf16")
     parser.add_argument("--seeds", default="0,1,2")
-    parser.add_argument("--amp", default="bf16", help="precision of the encoder [bf16]")
-    parser.add_argument("--epochs", type=int, help="[as the recipe says]")
     parser.add_argument("--out", default="bench/results/parity.json")
-    args = parser.parse_args()
+    args, flags = parser.parse_known_args()
+    settings = parse(stages.train.Config, __doc__, ["--amp", "bf16", *flags])
     set_up_torch()
     report = Report(args)
     found: dict[str, list] = {kind: [] for kind in args.kinds.split(",")}
     for seed in map(int, args.seeds.split(",")):
         for kind in found:
-            run = Path(args.runs) / f"{kind}-{seed}"
-            stages.data.run(stages.data.Config(run=str(run), corpus=args.corpus, seed=seed))
-            stages.tree.run(stages.tree.Config(run=str(run), seed=seed))
-            found[kind].append(measure(run, kind, seed, args.amp, args.epochs))
-            (run / "checkpoint.pt").unlink()
+            run = str(Path(args.runs) / f"{kind}-{seed}")
+            stages.data.run(stages.data.Config(run=run, corpus=args.corpus, encoder=args.encoder, seed=seed))
+            stages.tree.run(stages.tree.Config(run=run, seed=seed))
+            found[kind].append(measure(replace(settings, run=run, seed=seed), kind))
+            (Path(run) / "checkpoint.pt").unlink()
             print(f"seed {seed} {kind}:", dict(zip(METRICS, np.round(found[kind][-1], 2).tolist(), strict=True)))
     for kind, table in found.items():
         for metric, values in zip(METRICS, zip(*table, strict=True), strict=True):
