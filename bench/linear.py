@@ -1,32 +1,38 @@
-"""What linear models reach on the documents of a run: the yardstick that a neural model has to beat.
+"""What linear models reach on the documents of a run: the yardstick for the cascade.
 
-    python bench/linear.py --run runs/demo                          one-vs-rest: an SVM per label; needs nothing else
-    python bench/linear.py --run runs/demo --system xr-linear       PECOS, as it comes
-    python bench/linear.py --run runs/demo --system parabel         Omikuji, as it comes; bonsai: with its wider tree
-    python bench/linear.py --run runs/demo --max-len 64             only the tokens that a cascade of --max-len 64 reads
-    python bench/linear.py --run runs/mine --text words             the words of the corpus in place of tokens
+    python bench/linear.py --run runs/demo                         one-vs-rest; no other library
+    python bench/linear.py --run runs/demo --system xr-linear      by PECOS
+    python bench/linear.py --run runs/demo --system parabel        by Omikuji; so is bonsai
+    python bench/linear.py --run runs/demo --max-len 64           the tokens that the cascade reads
+    python bench/linear.py --run runs/mine --text words            words of the corpus, not tokens
 
 Reads    RUN/data.npz; with --text words, also the corpus that it was made from
-Writes   RUN/linear-SYSTEM[-words][-MAX_LEN]/    data.npz (a link), predictions.npz, predictions.val.npz
+Writes   RUN/linear-SYSTEM[-words][-MAX_LEN]/    data.npz (a link), predictions.npz and
+                                                 predictions.val.npz, as stage 5 writes them
 
-Then `python -m tools.compare RUN RUN/linear-one-vs-rest` is a paired bootstrap of the cascade and the yardstick.
+Then `python -m tools.compare RUN RUN/linear-one-vs-rest` is a paired bootstrap of the two.
 
-All systems read the same TF-IDF matrix. For `tokens` it is the one of stage 2, of the token ids that the cascade reads
-too. For `words` it is the usual one of linear models: lower case, words of two characters or more that at least three
-training documents have, (1 + ln count) (1 + ln((N + 1) / (documents with the word + 1))), rows at length 1.
+All systems read the same TF-IDF matrix, whose rows have length 1. With `tokens` it is the one of
+stage 2: it counts the token ids that the cascade reads, too. With `words` it is the usual one of
+linear models: lower case, words of two characters or more that at least three training documents
+have, (1 + ln count) (1 + ln((N + 1) / (documents with the word + 1))).
 
-    one-vs-rest    for each label min_w  |w|^2 / 2 + C sum_i max(0, 1 - y_i w.x_i)^2,  C = 1,  x = [TF-IDF ; 1]
-                   (DiSMEC: Babbar and Schoelkopf, WSDM 2017), and every label scored
-    xr-linear      PECOS (Yu et al., JMLR 2022): such SVMs for the nodes of a label tree, each trained on the documents
-                   of its parent; beam 10
-    parabel        three balanced binary trees (Prabhu et al., WWW 2018), by Omikuji; beam 10
-    bonsai         three trees with 100 children to a node, unbalanced (Khandagale et al., 2020), by Omikuji; beam 10
+    one-vs-rest   for each label, min_w |w|^2 / 2 + C sum_i max(0, 1 - y_i w.x_i)^2 with C = 1 and
+                  x = [TF-IDF ; 1]; every label is scored (DiSMEC: Babbar and Schoelkopf, WSDM 2017)
+    xr-linear     such SVMs for the nodes of a label tree, each trained on the documents that belong
+                  to its parent; PECOS' own settings, beam 10 (Yu et al., JMLR 2022)
+    parabel       three balanced binary trees; Omikuji's own settings, beam 10
+                  (Prabhu et al., WWW 2018)
+    bonsai        three trees of depth three with 100 children to a node, not balanced; otherwise as
+                  parabel (Khandagale, Xiao and Babbar, 2020)
 
-The scores of one-vs-rest are 1 / (1 + exp(-margin)): in the order of the margins, but no calibrated probabilities.
-Labels without a training document are not predicted.
-Left out here: a choice of C, and stop words, n-grams or stems, which some of the published figures use.
+The scores of one-vs-rest are 1 / (1 + exp(-margin)): they have the order of the margins and are no
+calibrated probabilities. A label without a training document is not predicted by one-vs-rest.
+CPU seconds are those of all threads; Omikuji's include the file that it reads the documents from.
+Left out here: the choice of C, stop words, n-grams and stems. Some published figures use them.
 
-Shapes   N documents, L labels, V words or tokens (+ 1 for the bias), F labels of a chunk, k labels predicted
+Shapes   N documents, L labels, V words or tokens (+ 1 for the bias), F labels trained at once,
+         k labels predicted, K the same and as many more as may be known beforehand
 """
 
 import re
@@ -46,6 +52,7 @@ from artifacts import UserError, flag, natural, positive
 from data import formats
 from variants import common as variants
 
+SPLITS = ("train", "val", "test")
 SYSTEMS = ("one-vs-rest", "xr-linear", "parabel", "bonsai")
 INSTALL = {
     "xr-linear": "pip install --no-deps libpecos==1.2.8 && pip install scikit-learn",
@@ -69,13 +76,13 @@ class Config:
     run: str = flag("runs/demo", "folder of a run, of which only data.npz is needed")
     system: str = flag("one-vs-rest", ", ".join(SYSTEMS))
     text: str = flag("tokens", "what TF-IDF counts: tokens (of data.npz) or words (of the corpus)")
-    corpus: str = flag("", "folder of the corpus, for --text words (default: the one that data.npz was made from)")
-    max_len: int = flag(0, "cut documents as stage 4 does with this --max-len (0: all tokens stored)", natural)
+    corpus: str = flag("", "folder of the corpus, for --text words (default: as data.npz says)")
+    max_len: int = flag(0, "cut documents as stage 4 does with it (0: all tokens stored)", natural)
     k: int = flag(100, "labels to predict for each document", positive)
     seed: int = flag(0, "seed of the order of the documents in one-vs-rest", natural)
 
 
-# ---------------------------------------------------------------------------------------------------------- documents
+# --------------------------------------------------------------------------------------- documents
 
 
 def cut(split: stages.data.Split, room: int) -> stages.data.Split:
@@ -83,7 +90,7 @@ def cut(split: stages.data.Split, room: int) -> stages.data.Split:
     length_N = np.minimum(np.diff(split.offsets), room)
     _, _, place = stages.data.flatten(split.offsets[:-1], length_N)
     offsets = np.append(0, np.cumsum(length_N))
-    return split._replace(ids=split.ids[place], offsets=offsets)
+    return stages.data.Split(split.ids[place], offsets, split.labels, split.label_offsets)
 
 
 def read_features(data: stages.data.Data, config: Config) -> dict[str, csr_matrix]:
@@ -95,12 +102,12 @@ def read_features(data: stages.data.Data, config: Config) -> dict[str, csr_matri
 
 def token_features(data: stages.data.Data, max_len: int) -> dict[str, csr_matrix]:
     """{split: TF-IDF (N, V)} of the token ids in data.npz."""
-    splits = {name: data.splits[name] for name in ("train", "val", "test")}
+    splits = {name: data.splits[name] for name in SPLITS}
     if max_len:
-        # A document of max_len tokens holds special ones, too; stage 4 leaves this room for its own.
+        # Some of a document's max_len tokens are special ones; stage 4 leaves this room.
         room = max_len - len(data.meta["prefix"]) - len(data.meta["suffix"])
         if room < 1:
-            raise UserError(f"--max-len {max_len} leaves no room beside the special tokens; raise it")
+            raise UserError(f"--max-len {max_len} leaves no room for a text; raise it")
         splits = {name: cut(split, room) for name, split in splits.items()}
     vocab = data.meta["vocab_size"]
     found = {}
@@ -139,7 +146,7 @@ def words(text: str) -> list[str]:
 
 
 def count(texts: list[str], column: dict[str, int]) -> csr_matrix:
-    """(N, V) float32: how often each word occurs in each text; words without a column are left out."""
+    """(N, V) float32: how often a text has a word; words without a column are left out."""
     indices = array("i")
     indptr = array("q", [0])
     for text in texts:
@@ -155,7 +162,8 @@ def count(texts: list[str], column: dict[str, int]) -> csr_matrix:
 def read_texts(data: stages.data.Data, folder: str) -> dict[str, list[str]]:
     """{split: texts} of the very documents that data.npz holds, in its order.
 
-    Stage 1 is repeated with the settings in data.npz. The labels must come out the same, or this is another corpus.
+    What stage 1 chose is chosen again, with the settings in data.npz. The labels must come out the
+    same, or this is another corpus.
     """
     settings = data.meta["config"]
     folder = folder or settings["corpus"]
@@ -167,7 +175,7 @@ def read_texts(data: stages.data.Data, folder: str) -> dict[str, list[str]]:
         source = stages.data.read_documents(corpus, split, label_id, settings["text_limit"], drops)
         return [(text, labels) for _, text, labels in source]
 
-    rows = {split: documents(split) for split in ("train", "val", "test") if split in corpus.documents}
+    rows = {split: documents(split) for split in SPLITS if split in corpus.documents}
     rng = np.random.default_rng(settings["seed"])
     training = np.arange(len(rows["train"]))
     if "val" not in rows:
@@ -179,18 +187,19 @@ def read_texts(data: stages.data.Data, folder: str) -> dict[str, list[str]]:
     rows["train"] = [rows["train"][i] for i in training]
 
     for split, found in rows.items():
+        expected = data.splits[split]
         labels = [label for _, row in found for label in row]
-        if len(found) != len(data.splits[split]) or not np.array_equal(labels, data.splits[split].labels):
-            raise UserError(f"--corpus {folder}: its {split} documents are not those of data.npz; name the corpus "
-                            "that 01_data.py read, as it was then")
+        if len(found) != len(expected) or not np.array_equal(labels, expected.labels):
+            raise UserError(f"--corpus {folder}: its {split} documents are not those of data.npz; "
+                            "name the corpus that 01_data.py read, as it was then")
     return {split: [text for text, _ in found] for split, found in rows.items()}
 
 
-# -------------------------------------------------------------------------------------------------------- one-vs-rest
+# ------------------------------------------------------------------------------------- one-vs-rest
 
 
 def one_vs_rest(X_NV: csr_matrix, Y_NL: csr_matrix, config: Config) -> tuple[Predict, float]:
-    """(predict, size in MB): an SVM for each label on all training documents, and every label scored."""
+    """(predict, size in MB): an SVM for each label on all documents; every label is scored."""
     X_NV = with_bias(X_NV)
     Y_NL = Y_NL.tocsc()
     count_L = np.diff(Y_NL.indptr)
@@ -225,22 +234,25 @@ def best(score_NL: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     place_Nk = np.argpartition(-score_NL, k - 1, axis=1)[:, :k]
     score_Nk = np.take_along_axis(score_NL, place_Nk, axis=1)
     order_Nk = np.argsort(-score_Nk, axis=1, kind="stable")
-    return np.take_along_axis(place_Nk, order_Nk, axis=1), np.take_along_axis(score_Nk, order_Nk, axis=1)
+    place_Nk = np.take_along_axis(place_Nk, order_Nk, axis=1)
+    return place_Nk, np.take_along_axis(score_Nk, order_Nk, axis=1)
 
 
 def dual_descent(X_NV: csr_matrix, positive_NF: np.ndarray, c: float, seed: int = 0,
                  tolerance: float = TOLERANCE) -> np.ndarray:
-    """Weights (V, F) of F linear SVMs with squared hinge, by dual coordinate descent (Hsieh et al., ICML 2008).
+    """Weights (V, F) of F linear SVMs with squared hinge, by dual coordinate descent.
 
-    This is what liblinear does (solver 1), for F labels at once: what is a number there is a row of F numbers here. The
-    weights are w = sum_i alpha_i x_i, where alpha_i has the sign of y_i, or is 0. One step makes the best of alpha_i
-    while the others stay:
+    This is what liblinear does (Hsieh et al., ICML 2008, its solver 1), for F labels at once: what
+    is a number there is a row of F numbers here. The weights are w = sum_i alpha_i x_i, where
+    alpha_i has the sign of y_i, or is 0. One step puts one document's alpha_i at its best value
+    while the others stay, and w follows:
 
-        alpha_i  <-  alpha_i - (w.x_i - y_i + alpha_i / 2C) / (x_i.x_i + 1 / 2C),    0 if that has the wrong sign
+        alpha_i  <-  alpha_i - (w.x_i - y_i + alpha_i / 2C) / (x_i.x_i + 1 / 2C)
+                     or 0, if that has the wrong sign
 
-    and w follows. Most labels' alpha_i is 0 and stays 0: a document far from a label has no say in it. So a step costs
-    one product for the margins of the F labels and little more. A label is done when no step of a pass moved a margin,
-    alpha_i / 2C included, by more than `tolerance`.
+    Nearly all alpha_i of a label are 0 and stay 0: they belong to documents that are far from it.
+    So a step costs one product, for the margins of the F labels, and little more. A label is done
+    when no step of a pass moved a margin by more than `tolerance`, alpha_i / 2C included.
     """
     rng = np.random.default_rng(seed)
     N, F = positive_NF.shape
@@ -282,14 +294,15 @@ def dual_descent(X_NV: csr_matrix, positive_NF: np.ndarray, c: float, seed: int 
     return found_VF
 
 
-# ------------------------------------------------------------------------------------------------------ the libraries
+# ----------------------------------------------------------------------------------- the libraries
 
 
 def xr_linear(X_NV: csr_matrix, Y_NL: csr_matrix, config: Config) -> tuple[Predict, float]:
     """(predict, size in MB): PECOS XR-Linear, all settings as they come."""
     from scipy import sparse
 
-    # PECOS 1.2.8 was written for older versions of scipy and numpy. What it uses of them has gone elsewhere.
+    # PECOS 1.2.8 was written for older versions of scipy and numpy: it asks for names that have
+    # gone elsewhere and for arrays that are never copied.
     sparse.sputils = sparse._sputils
     from pecos.utils import smat_util
     smat_util.cs_matrix = plain_matrix
@@ -316,13 +329,13 @@ def xr_linear(X_NV: csr_matrix, Y_NL: csr_matrix, config: Config) -> tuple[Predi
         return predict, megabytes(folder)
 
 
-def plain_matrix(content, kind: type, shape=None, dtype=None, copy: bool = False, check_contents: bool = False):
+def plain_matrix(content, kind: type, shape=None, dtype=None, copy=False, check_contents=False):
     """What PECOS' smat_util.cs_matrix gives, by scipy itself."""
     return kind(content, shape=shape, dtype=dtype, copy=copy)
 
 
 def omikuji(X_NV: csr_matrix, Y_NL: csr_matrix, config: Config) -> tuple[Predict, float]:
-    """(predict, size in MB): Omikuji's Parabel, all settings as they come, or its Bonsai, as its authors call it."""
+    """(predict, size in MB): Omikuji's Parabel, all settings as they come, or its Bonsai."""
     from omikuji import Model
 
     settings = Model.default_hyper_param()
@@ -351,14 +364,15 @@ def omikuji(X_NV: csr_matrix, Y_NL: csr_matrix, config: Config) -> tuple[Predict
 
 
 def write_svm(path: Path, X_NV: csr_matrix, Y_NL: csr_matrix) -> None:
-    """Documents as the file that Omikuji reads: a head line with N, V and L, then "label,label word:value ..."."""
+    """The file that Omikuji reads: N, V and L, then a document a line, "label,label word:value"."""
     with open(path, "w") as file:
         file.write(f"{X_NV.shape[0]} {X_NV.shape[1]} {Y_NL.shape[1]}\n")
         for i in range(X_NV.shape[0]):
             row = slice(X_NV.indptr[i], X_NV.indptr[i + 1])
             labels = ",".join(map(str, Y_NL.indices[Y_NL.indptr[i] : Y_NL.indptr[i + 1]]))
             pairs = zip(X_NV.indices[row], X_NV.data[row], strict=True)
-            file.write(labels + " " + " ".join(f"{word}:{value:.7g}" for word, value in pairs) + "\n")
+            features = " ".join(f"{word}:{value:.7g}" for word, value in pairs)
+            file.write(f"{labels} {features}\n")
 
 
 def megabytes(folder: str) -> float:
@@ -369,39 +383,42 @@ def megabytes(folder: str) -> float:
 TRAIN = {"one-vs-rest": one_vs_rest, "xr-linear": xr_linear, "parabel": omikuji, "bonsai": omikuji}
 
 
-# -------------------------------------------------------------------------------------------------------------- the run
+# ----------------------------------------------------------------------------------------- the run
 
 
 def run(config: Config) -> None:
     check(config)
-    print(", ".join(f"{key} {value}" for key, value in machine(config).items() if value is not None))
-    data = stages.data.load(config.run)
+    where = machine(config)
+    print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
     out = variants.folder(config.run, folder_name(config), "data.npz")
     data = stages.data.load(out)
-    n_labels = len(data.names)
+    train = data.splits["train"]
     features = read_features(data, config)
     X_NV = features["train"]
-    print(f"{X_NV.shape[0]:,} training documents, {n_labels:,} labels, {X_NV.shape[1]:,} {config.text}, "
-          f"{X_NV.nnz / X_NV.shape[0]:.0f} different ones in a document")
+    Y_NL = train.label_matrix(len(data.names))
+    print(f"{len(train):,} training documents, {len(data.names):,} labels, "
+          f"{X_NV.shape[1]:,} {config.text}, {X_NV.nnz / len(train):.0f} of them in a document")
 
     start = time.process_time()  # of all threads
     try:
-        predict, size = TRAIN[config.system](X_NV, data.splits["train"].label_matrix(n_labels), config)
+        predict, size = TRAIN[config.system](X_NV, Y_NL, config)
     except ImportError as error:
-        raise UserError(f"--system {config.system}: {error}; {INSTALL.get(config.system)}") from error
+        advice = INSTALL.get(config.system)
+        raise UserError(f"--system {config.system} ({error}): {advice}") from error
     seconds = time.process_time() - start
     print(f"training took {seconds:.0f} CPU seconds, the model takes {size:.0f} MB")
 
-    train = data.splits["train"]
-    weight_L = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=n_labels), len(train))
+    count_L = np.bincount(train.labels, minlength=len(data.names))
+    weight_L = stages.eval.inverse_propensity(count_L, len(train))
     print(f"{'%':34}" + "".join(f"{column:>7}" for column in stages.eval.COLUMNS))
     for name in ("val", "test"):
+        split = data.splits[name]
         start = time.process_time()
         labels_Nk, scores_Nk = ranking(predict, features[name], data.known.get(name), config.k)
-        each = (time.process_time() - start) / len(data.splits[name])
+        each = 1000 * (time.process_time() - start) / len(split)
         save(out, name, config, labels_Nk, scores_Nk, seconds)
-        result = stages.eval.metrics(labels_Nk, data.splits[name], weight_L)
-        print(stages.eval.row(f"{config.system}, {name}, {1000 * each:.1f} ms each", result), flush=True)
+        result = stages.eval.metrics(labels_Nk, split, weight_L)
+        print(stages.eval.row(f"{config.system}, {name}, {each:.1f} ms each", result), flush=True)
 
 
 def check(config: Config) -> None:
@@ -415,7 +432,7 @@ def check(config: Config) -> None:
 
 
 def folder_name(config: Config) -> str:
-    """linear-SYSTEM[-words][-MAX_LEN]: what reads different texts does not lie in the same folder."""
+    """linear-SYSTEM[-words][-MAX_LEN]: a folder for each of the texts that can be read."""
     name = f"linear-{config.system}"
     if config.text == "words":
         name += "-words"
@@ -424,7 +441,8 @@ def folder_name(config: Config) -> str:
     return name
 
 
-def ranking(predict: Predict, X_NV: csr_matrix, known: csr_matrix | None, k: int) -> tuple[np.ndarray, np.ndarray]:
+def ranking(predict: Predict, X_NV: csr_matrix, known: csr_matrix | None, k: int
+            ) -> tuple[np.ndarray, np.ndarray]:
     """(labels (N, k), scores (N, k)) without the labels known beforehand: the next ones move up."""
     more = 0 if known is None else int(np.diff(known.indptr).max())
     labels_NK, scores_NK = predict(X_NV, k + more)
@@ -437,13 +455,15 @@ def ranking(predict: Predict, X_NV: csr_matrix, known: csr_matrix | None, k: int
     return labels_Nk, np.where(labels_Nk < 0, 0, scores_Nk)
 
 
-def save(out: Path, split: str, config: Config, labels_Nk: np.ndarray, scores_Nk: np.ndarray, seconds: float) -> None:
+def save(out: Path, split: str, config: Config, labels_Nk: np.ndarray, scores_Nk: np.ndarray,
+         seconds: float) -> None:
     """Write predictions as stage 5 does, with how they were made."""
     file = "predictions.npz" if split == "test" else f"predictions.{split}.npz"
     written = stages.eval.Config(run=str(out), split=split, k=config.k)
     arrays = {"labels": labels_Nk.astype(np.int32), "scores": scores_Nk.astype(np.float32)}
-    artifacts.save_npz(out / file, written, arrays, made_from=("data.npz",), stage="bench/linear.py",
-                       ranking=config.system, linear=artifacts.settings(config), seconds=seconds)
+    artifacts.save_npz(out / file, written, arrays, made_from=("data.npz",),
+                       stage="bench/linear.py", ranking=config.system,
+                       linear=artifacts.settings(config), seconds=seconds)
 
 
 if __name__ == "__main__":
