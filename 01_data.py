@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import torch
 from scipy.sparse import csr_matrix
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
+from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
 import artifacts
@@ -37,6 +37,8 @@ if TYPE_CHECKING:  # slow to import, and needed only where a corpus is read
 
 SPLITS = ("train", "val", "test", "label")  # the last: the labels' own texts
 CHUNK = 1000  # documents tokenised at a time: what is in memory beside the ids
+LONGEST_WORD = 100  # characters of a word for 'tiny': a longer one is cut into several
+MANY_UNKNOWN = 0.01  # a larger share of unknown tokens, or of documents made of them, is worth a warning
 
 
 @dataclass(frozen=True)
@@ -139,23 +141,57 @@ def read_documents(corpus: formats.Corpus, split: str, label_id: dict, limit: in
 
 
 def train_tokenizer(texts: Callable[[], Iterable[str]], vocab: int) -> "PreTrainedTokenizerBase":
-    """A lower-cased WordPiece tokeniser of at most `vocab` pieces; the same texts give the same tokeniser."""
+    """A lower-cased WordPiece tokeniser for any script; the same texts give the same tokeniser.
+
+    It has at most `vocab` pieces, or each character twice (at the start of a word, and within one) where that is more.
+    Accents and other marks are kept: in most languages they tell words apart.
+    """
     from transformers import PreTrainedTokenizerFast
 
-    normalizer = normalizers.BertNormalizer(lowercase=True)
-    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    # The same word in two encodings becomes the same characters: e + accent is é, and a wide letter is a letter. Then
+    # upper case goes, control characters go, and a Chinese character becomes a word of its own.
+    normalizer = normalizers.Sequence([
+        normalizers.Replace(Regex(r"[\s\u200b]"), " "),  # \u200b: a blank of width zero, as between Khmer words
+        normalizers.NFKC(),
+        normalizers.BertNormalizer(strip_accents=False, lowercase=True),
+    ])
+    found = set()
+    for text in texts():
+        found.update(normalizer.normalize_str(text))
+    characters = sorted(found - {" "})
+
+    # Words end at blanks and at punctuation. WordPiece turns a word into one [UNK] if it is very long, or if a single
+    # one of its characters is new. So we cut long words, such as a line of Thai, and set new characters apart.
+    known = "".join(f"\\x{{{ord(character):X}}}" for character in characters)
+    cut = Regex(f"[{known}]{{1,{LONGEST_WORD}}}|." if known else ".")
+    words = pre_tokenizers.Sequence([
+        pre_tokenizers.BertPreTokenizer(),
+        pre_tokenizers.Split(cut, behavior="isolated"),
+    ])
+
     # The trainer numbers the pieces "##a", "##b", ... in the order of a hash table and breaks ties by those numbers;
     # naming them beforehand, as if they were special, makes the vocabulary reproducible.
-    characters = {character for text in texts() for character in set(normalizer.normalize_str(text).replace(" ", ""))}
-    alphabet = ["##" + character for character in sorted(characters)]
+    special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
+    within_words = ["##" + character for character in characters]
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
-    trained.normalizer, trained.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
-    trainer = trainers.WordPieceTrainer(vocab_size=vocab, special_tokens=special + alphabet, show_progress=False)
+    trained.normalizer = normalizer
+    trained.pre_tokenizer = words
+    trainer = trainers.WordPieceTrainer(
+        vocab_size=vocab, special_tokens=special + within_words, show_progress=False
+    )
     trained.train_from_iterator(texts(), trainer)
-    tokenizer = Tokenizer(models.WordPiece(trained.get_vocab(), unk_token="[UNK]"))
-    tokenizer.normalizer, tokenizer.pre_tokenizer = normalizer, pre_tokenizers.BertPreTokenizer()
+
+    # A new tokeniser with these pieces, in which the characters are not special any more.
+    tokenizer = Tokenizer(
+        models.WordPiece(
+            trained.get_vocab(), unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD
+        )
+    )
+    tokenizer.normalizer = normalizer
+    tokenizer.pre_tokenizer = words
+    around = [(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
     tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", special_tokens=[(token, tokenizer.token_to_id(token)) for token in ("[CLS]", "[SEP]")]
+        single="[CLS] $A [SEP]", special_tokens=around
     )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]", cls_token="[CLS]", sep_token="[SEP]"
@@ -259,6 +295,7 @@ def run(config: Config) -> None:
     save_npz(out / "data.npz", config, arrays, encoder=config.encoder, vocab_size=len(tokenizer), prefix=prefix,
              suffix=suffix, pad=pad)
     describe(splits, len(labels), drops)
+    describe_unknown(splits, tokenizer.unk_token_id, config.encoder)
 
 
 def describe(splits: dict[str, Split], n_labels: int, drops: Counter) -> None:
@@ -281,6 +318,32 @@ def describe(splits: dict[str, Split], n_labels: int, drops: Counter) -> None:
     for name in ("val", "test"):
         if leaked := np.isin(text_of[name], text_of["train"]).sum():
             print(f"leakage: {leaked:,} {name} documents have the tokens of a training document")
+
+
+def describe_unknown(splits: dict[str, Split], unknown: int | None, encoder: str) -> None:
+    """Print the share of tokens that the tokeniser did not know; a warning where it is large.
+
+    An unknown token may stand for a character, a word or a whole line of Thai. So we also count the documents of which
+    at least half of the tokens are unknown: there are few tokens in them, and little is left of their texts.
+    """
+    shares = []
+    warnings = []
+    for name, split in splits.items():
+        is_unknown = split.ids == (-1 if unknown is None else unknown)  # None: it knows every text
+        before = np.concatenate([[0], np.cumsum(is_unknown)])  # unknown tokens before each token
+        unknown_N = before[split.offsets[1:]] - before[split.offsets[:-1]]
+        mostly = int((2 * unknown_N >= np.diff(split.offsets).clip(1)).sum())
+        share = is_unknown.sum() / max(1, len(is_unknown))
+        shares.append(f"{name} {100 * share:.3f}")
+        if share > MANY_UNKNOWN or mostly > MANY_UNKNOWN * len(split):
+            warnings.append(f"{name} {100 * share:.1f}% ({mostly:,} of {len(split):,} texts are mostly that)")
+    print(f"unknown tokens, %   {'   '.join(shares)}")
+    if warnings:
+        advice = "choose an --encoder made for this language, such as a multilingual one, or 'tiny'"
+        if encoder == "tiny":
+            advice = "their characters are in no training document; add some that have them"
+        print(f"warning: many tokens are unknown: {'; '.join(warnings)}. The tokeniser has no pieces for what stands "
+              f"there, and the model reads the same token for all of it: {advice}")
 
 
 def load(folder: str | Path) -> Data:

@@ -10,7 +10,8 @@ Writes   RUN/predictions.npz    labels (N, k) int32, -1 where there are fewer; s
 The rankings of the cascade (p(label) p(its cluster); the product down the whole path; p(label) alone) stand side by
 side; the one that is written was chosen on the validation split by stage 4, from the first two. The yardsticks are
 computed in the same run, from the same tokens: the most frequent labels, and 20 nearest neighbours on TF-IDF. Metrics
-are means over the documents that have labels, in percent. Left out here: pictures, comparisons between runs and their
+are means over the documents that have labels, in percent. Labels known beforehand (filter files) are in no row. Left
+out here: pictures, comparisons between runs and their
 significance, which are in tools/.
 
 Shapes   N documents, L labels, V vocabulary, B batch, K candidates, k labels predicted
@@ -28,7 +29,20 @@ from scipy.sparse import csr_matrix
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from artifacts import UserError, flag, main, memory_advice, natural, need_space, over_split, pair, positive, save_npz
+from artifacts import (
+    UserError,
+    flag,
+    labels_without_known,
+    main,
+    memory_advice,
+    most_known,
+    natural,
+    need_space,
+    over_split,
+    pair,
+    positive,
+    save_npz,
+)
 from label_level import product
 
 data_stage = import_module("01_data")
@@ -103,20 +117,30 @@ def row(name: str, result: dict[str, np.ndarray]) -> str:
     return f"{name:34}" + "".join(cells)
 
 
-def most_frequent(train: data_stage.Split, n_documents: int, n_labels: int, k: int) -> np.ndarray:
-    """(N, k): the k labels with the most training documents, for everyone; -1 where there are fewer labels."""
-    best = np.argsort(-np.bincount(train.labels, minlength=n_labels), kind="stable")[:k]
-    return np.tile(np.pad(best, (0, k - len(best)), constant_values=-1), (n_documents, 1))
+def most_frequent(train: data_stage.Split, n_documents: int, n_labels: int, k: int,
+                  known: csr_matrix | None = None) -> np.ndarray:
+    """(N, k): the k labels with the most training documents, for everyone; -1 where there are fewer labels.
+
+    What is `known` (N, L) of a document is no prediction for it: the next label moves up, as in the cascade's rows.
+    """
+    found = k + most_known(known)
+    count_L = np.bincount(train.labels, minlength=n_labels)
+    best = np.argsort(-count_L, kind="stable")[:found]
+    best = np.pad(best, (0, found - len(best)), constant_values=-1)
+    return labels_without_known(np.tile(best, (n_documents, 1)), known, k)
 
 
 def nearest_neighbours(train: data_stage.Split, split: data_stage.Split, vocab: int, n_labels: int, k: int,
-                       neighbours: int = 20) -> np.ndarray:
-    """(N, k): labels of the training documents nearest by TF-IDF cosine, by the sum of the cosines; -1 where fewer."""
+                       neighbours: int = 20, known: csr_matrix | None = None) -> np.ndarray:
+    """(N, k): labels of the training documents nearest by TF-IDF cosine, by the sum of the cosines; -1 where fewer.
+    What is `known` (N, L) of a document is no prediction for it.
+    """
+    found = k + most_known(known)
     X_train, idf_V = tree_stage.tfidf(train, None, vocab)
     X, _ = tree_stage.tfidf(split, idf_V, vocab)
     Y, columns = train.label_matrix(n_labels), X_train.T.tocsr()
     neighbours, chunk = min(neighbours, len(train)), max(1, 2**24 // len(train))  # 64 MB of cosines at a time
-    labels = np.full((len(split), k), -1, np.int64)
+    labels = np.full((len(split), found), -1, np.int64)
     for start in tqdm(range(0, len(split), chunk), desc="neighbours", unit=" chunks", disable=None):
         cosine = (X[start : start + chunk] @ columns).toarray()
         near = np.argpartition(-cosine, neighbours - 1, axis=1)[:, :neighbours]
@@ -125,9 +149,9 @@ def nearest_neighbours(train: data_stage.Split, split: data_stage.Split, vocab: 
         doc = np.repeat(np.arange(len(near)), np.diff(votes.indptr))
         order = np.lexsort((votes.indices, -votes.data, doc))  # by votes, then by label id
         place = np.arange(len(doc)) - votes.indptr[doc]
-        first = place < k
+        first = place < found
         labels[start + doc[first], place[first]] = votes.indices[order][first]
-    return labels
+    return labels_without_known(labels, known, k)
 
 
 @torch.no_grad()
@@ -187,9 +211,10 @@ def run(config: Config) -> None:
     unlabelled = int((np.diff(split.label_offsets) == 0).sum())
     print(f"{config.split}: {len(split):,} documents, {unlabelled} of them without labels and left out of the metrics")
     print(f"{'%':34}" + "".join(f"{column:>7}" for column in COLUMNS))
-    frequent = most_frequent(train, len(split), n_labels, k)
+    known = data.known.get(config.split)
+    frequent = most_frequent(train, len(split), n_labels, k, known)
     print(row("most frequent labels", metrics(frequent, split, weight_L)))
-    near = nearest_neighbours(train, split, data.meta["vocab_size"], n_labels, k)
+    near = nearest_neighbours(train, split, data.meta["vocab_size"], n_labels, k, known=known)
     print(row("20 nearest neighbours, TF-IDF", metrics(near, split, weight_L)))
     for name in model_stage.RANKINGS:
         mark = " *" if name == ranking else ""

@@ -470,7 +470,7 @@ def over_split(model: Any, data: Any, name: str, max_len: int, batch_size: int,
     model.eval()
     order = np.argsort(np.diff(data.splits[name].offsets), kind="stable")
     device, known = model.slot_to_label.device, data.known.get(name)
-    more = 0 if known is None else int(np.diff(known.indptr).max())
+    more = most_known(known)
     parts = [predict(data.batch(name, order[i : i + batch_size], max_len).to(device), k + more)
              for i in range(0, len(order), batch_size)]
     back = np.argsort(order)
@@ -479,6 +479,19 @@ def over_split(model: Any, data: Any, name: str, max_len: int, batch_size: int,
         scores = key.replace("labels", "scores")
         found[key], found[scores] = without_known(found[key], found[scores], known, k)
     return found
+
+
+def most_known(known: Any) -> int:
+    """How many labels are known of one document, at most: so many more than k have to be found for k to be left."""
+    return 0 if known is None else int(np.diff(known.indptr).max(initial=0))
+
+
+def labels_without_known(labels_NK: np.ndarray, known: Any, k: int) -> np.ndarray:
+    """The first k labels of each ranking that are not in known (N, L), or simply the first k where that is None."""
+    if known is None:
+        return labels_NK[:, :k]
+    labels_Nk, _ = without_known(labels_NK, np.zeros(labels_NK.shape), known, k)
+    return labels_Nk
 
 
 def without_known(labels_NK: np.ndarray, scores_NK: np.ndarray, known: Any, k: int) -> tuple[np.ndarray, np.ndarray]:

@@ -2,11 +2,17 @@
 
     python data/build_debian.py                         with the apt sources of this machine
     python data/build_debian.py --sources FILE          with another apt source file that names a bookworm mirror
+    python data/build_debian.py --only-filters          the filter files alone, from the documents that are there
 
 Reads    the package index of Debian bookworm (main, amd64, English descriptions), fetched and verified by apt-get into
          a private folder: the machine's own package lists are not touched, nothing is installed.
 Writes   data/debian/{train,val,test}.jsonl.gz   {"text": "name: short. long", "labels": ["name of a dependency", ...]}
          data/debian/labels.jsonl.gz             {"name": "...", "text": "name: short description"}
+         data/debian/filter_labels_{train,val,test}.txt.gz   "line id": the label that the document itself is
+
+One document in five is a label, too: other packages depend on it. Its text begins with that label's name and text, and
+it is never right, since no package depends on itself. So it is said to be known beforehand, and is no prediction. The
+filter files that ship were made with --only-filters, when the other files had been there for a while.
 
 The same index gives the same content byte for byte, before compression. Split by a hash of the source package, so that
 the binary packages of one source, whose descriptions are nearly the same, never sit on both sides.
@@ -25,7 +31,7 @@ from pathlib import Path
 
 TOO_FREQUENT = 0.05  # labels on more than this share of the documents (libc6 and its like) teach nothing
 MIN_SOURCES = 2  # a label used by one source package alone would sit in one split alone
-MAX_CHARS = 1500  # keeps the corpus within 6 MB; cuts about one document in a hundred, after a word
+MAX_CHARS = 1500  # keeps the corpus at 6 MB; cuts about one document in a hundred, after a word
 
 
 def fetch_index(folder: Path, sources: str) -> tuple[Path, Path]:
@@ -131,20 +137,59 @@ def build(packages: list[dict[str, str]], descriptions: dict[str, str], say=prin
     return rows
 
 
+def own_label_pairs(documents: list[dict], labels: list[dict]) -> list[tuple[int, int]]:
+    """(line of a document, id of the label that it is itself), both from 0, for the documents that are a label."""
+    label_id = {label["name"]: i for i, label in enumerate(labels)}
+    pairs = []
+    for line, document in enumerate(documents):
+        name, _, _ = document["text"].partition(": ")
+        if name in label_id:
+            pairs.append((line, label_id[name]))
+    return pairs
+
+
+def write(path: Path, lines: list[str]) -> None:
+    """Gzipped lines; the same lines give the same bytes, whenever they are written."""
+    text = "".join(line + "\n" for line in lines)
+    path.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
+
+
+def write_filters(out: Path, rows: dict[str, list[dict]]) -> None:
+    for split in ("train", "val", "test"):
+        pairs = own_label_pairs(rows[split], rows["labels"])
+        write(out / f"filter_labels_{split}.txt.gz", [f"{line} {label}" for line, label in pairs])
+        print(f"{len(pairs)} of {len(rows[split])} {split} documents are a label themselves")
+
+
+def read(out: Path) -> dict[str, list[dict]]:
+    """What build() gave, from the files that were written then."""
+    rows = {}
+    for name in ("train", "val", "test", "labels"):
+        with gzip.open(out / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
+            rows[name] = [json.loads(line) for line in file]
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sources", default="", help="apt source file to use instead of this machine's")
     parser.add_argument("--out", default=str(Path(__file__).parent / "debian"), help="folder to write")
+    parser.add_argument("--only-filters", action="store_true",
+                        help="write the filter files alone, from the other files in --out; needs no apt")
     args = parser.parse_args()
+    out = Path(args.out)
+    if args.only_filters:
+        write_filters(out, read(out))
+        return
     with tempfile.TemporaryDirectory() as folder:
         index, translations = fetch_index(Path(folder), args.sources)
         packages = list(stanzas(index))
         descriptions = {t["Description-md5"]: t["Description-en"] for t in stanzas(translations)}
-    out = Path(args.out)
     out.mkdir(parents=True, exist_ok=True)
-    for name, part in build(packages, descriptions).items():
-        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in part)
-        (out / f"{name}.jsonl.gz").write_bytes(gzip.compress(lines.encode(), compresslevel=9, mtime=0))
+    rows = build(packages, descriptions)
+    for name, part in rows.items():
+        write(out / f"{name}.jsonl.gz", [json.dumps(row, ensure_ascii=False) for row in part])
+    write_filters(out, rows)
     size = sum(path.stat().st_size for path in out.glob("*.gz"))
     print(f"{out}: {size / 1e6:.2f} MB")
 

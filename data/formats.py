@@ -9,7 +9,7 @@
     EURLEX57K     train/*.json  test/*.json  [dev/*.json]  [EURLEX57K.json]    as its authors publish it
 
 What ends in .jsonl, .json, .csv or .txt may be gzipped. A split for validation is called val, dev or valid. Text pairs
-for testing are called test_... or ....tst.... With any of them may come filter_labels_{train,test}.txt: pairs of a
+for testing are called test_... or ....tst.... With any of them may come filter_labels_{train,val,test}.txt: pairs of a
 document's line and a label id, both from 0, that are known beforehand and no prediction. Every complaint names file and
 line.
 """

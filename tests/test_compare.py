@@ -265,6 +265,16 @@ def test_names_of_labels_must_be_the_same(runs, tmp_path):
         compare.run(command(runs[0], tmp_path))
 
 
+def test_what_is_known_beforehand_must_be_the_same(runs, tmp_path):
+    arrays, meta = artifacts.load_npz(runs[0] / "data.npz")
+    arrays["test_known"] = np.array([3], np.int32)
+    arrays["test_known_offsets"] = np.append(0, np.ones(60, np.int64))
+    kept = {key: meta[key] for key in ("encoder", "vocab_size", "prefix", "suffix", "pad")}
+    artifacts.save_npz(tmp_path / "data.npz", stages.data.Config(), arrays, **kept)
+    with pytest.raises(UserError, match="differ in what is known beforehand of test documents"):
+        compare.run(command(runs[0], tmp_path))
+
+
 def test_command_line(runs):
     failed = subprocess.run([sys.executable, "-m", "tools.compare", str(runs[0])], cwd=ROOT, capture_output=True,
                             text=True)

@@ -6,12 +6,14 @@ import shutil
 
 import numpy as np
 import pytest
-from conftest import stages
+from conftest import SMALL, stages, write_jsonl
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from scipy.sparse import csr_matrix
 
 import artifacts
 from artifacts import UserError
+from data import build_debian
 
 evaluate = stages.eval
 
@@ -89,6 +91,63 @@ def test_neighbours_and_frequent_labels_equal_brute_force(done):
         assert len(set(labels)) == len(labels)
     count = Y.sum(0)
     assert sorted(count[evaluate.most_frequent(train, 2, n_labels, 4)[1]]) == sorted(np.sort(count)[-4:])
+
+
+def random_known(n, n_labels, seed=0):
+    """(N, L): of some documents nothing is known, of others up to 4 labels."""
+    rng = np.random.default_rng(seed)
+    rows = [sorted(rng.choice(n_labels, rng.integers(0, 5), replace=False).tolist()) for _ in range(n)]
+    ends = np.cumsum([0] + [len(row) for row in rows])
+    return rows, csr_matrix((np.ones(ends[-1], bool), np.array(sum(rows, []), np.int32), ends), shape=(n, n_labels))
+
+
+def test_the_yardsticks_leave_out_what_is_known(done):
+    """As if it were struck out of the whole ranking by hand."""
+    loaded = stages.data.load(done)
+    train, test, n_labels = loaded.splits["train"], loaded.splits["test"], len(loaded.names)
+    rows, known = random_known(len(test), n_labels)
+    frequent = evaluate.most_frequent(train, len(test), n_labels, 5, known)
+    everyone = evaluate.most_frequent(train, len(test), n_labels, n_labels)
+    near = evaluate.nearest_neighbours(train, test, loaded.meta["vocab_size"], n_labels, 5, 3, known)
+    whole = evaluate.nearest_neighbours(train, test, loaded.meta["vocab_size"], n_labels, n_labels, 3)
+    for found, ranking in ((frequent, everyone), (near, whole)):
+        for i, mine in enumerate(rows):
+            expected = [label for label in ranking[i].tolist() if label not in mine and label >= 0][:5]
+            assert found[i].tolist() == expected + [-1] * (5 - len(expected))
+
+
+def test_a_document_that_is_a_label_is_never_given_that_label(tmp_path, monkeypatch):
+    """Debian in small: the text begins with the label's own name, which is never right. In no row of the table."""
+    rng = np.random.default_rng(0)
+    names = [f"lib{i}" for i in range(20)]
+    (tmp_path / "corpus").mkdir()
+    own = {}
+    for split in ("train", "val", "test"):
+        documents = []
+        for i in range(40):
+            others = [name for name in names if name != names[i % 20]]
+            text = f"{names[i % 20]}: a library, which comes with {' '.join(rng.choice(names, 2))}"
+            documents.append({"text": text, "labels": rng.choice(others, 2, replace=False).tolist()})
+        write_jsonl(tmp_path / "corpus" / f"{split}.jsonl.gz", documents)
+        labels = [{"name": name, "text": f"{name}: a library"} for name in names]
+        own[split] = build_debian.own_label_pairs(documents, labels)
+        build_debian.write(tmp_path / "corpus" / f"filter_labels_{split}.txt.gz", [f"{a} {b}" for a, b in own[split]])
+    write_jsonl(tmp_path / "corpus" / "labels.jsonl.gz", labels)
+    assert len(own["test"]) == 40
+
+    rows = []
+    measured = evaluate.metrics
+    monkeypatch.setattr(evaluate, "metrics", lambda labels, *more: rows.append(labels) or measured(labels, *more))
+    run = str(tmp_path / "run")
+    stages.data.run(stages.data.Config(run=run, corpus=str(tmp_path / "corpus"), vocab=100))
+    stages.tree.run(stages.tree.Config(run=run, levels="4"))
+    stages.train.run(stages.train.Config(run=run, **SMALL))
+    evaluate.run(evaluate.Config(run=run, k=20, exact=True))
+    rows.append(artifacts.load_npz(tmp_path / "run" / "predictions.npz")[0]["labels"])
+    assert len(rows) == 7  # two yardsticks, three rankings, every label scored, and what was written
+    for labels in rows:
+        assert not any(label in labels[line] for line, label in own["test"])
+        assert (labels[:, 0] >= 0).all()
 
 
 def test_predictions_are_a_descending_list_of_labels_in_corpus_order(done):

@@ -9,6 +9,7 @@ from collections import Counter
 import numpy as np
 import pytest
 from conftest import stages
+from scipy.sparse import csr_matrix
 
 import artifacts
 from artifacts import UserError
@@ -170,6 +171,25 @@ def test_pictures_of_a_run(done, tmp_path, capsys, monkeypatch):
         assert sorted(row) == sorted(data.names[label] for label in mine)[:8]
         often = [count[data.names.index(name)] for name in row]
         assert often == sorted(often, reverse=True)
+
+
+def test_no_system_in_the_pictures_predicts_what_is_known(done, tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="tools/plots.py draws with it")
+    run, seen = shutil.copytree(done, tmp_path / "run"), {}
+    loaded = stages.data.load(run)
+    # Of each document its first prediction, and the most frequent label, are known.
+    n, n_labels = len(loaded.splits["test"]), len(loaded.names)
+    labels = artifacts.load_npz(run / "predictions.npz")[0]["labels"]
+    frequent = np.bincount(loaded.splits["train"].labels).argmax()
+    mask = np.zeros((n, n_labels), bool)
+    mask[:, frequent] = mask[np.arange(n), labels[:, 0]] = True
+    monkeypatch.setattr(stages.data, "load", lambda folder: loaded._replace(known={"test": csr_matrix(mask)}))
+    draw = plots.draw_frequency
+    monkeypatch.setattr(plots, "draw_frequency", lambda *data: seen.update(systems=data[-1]) or draw(*data))
+    plots.run(plots.Config(run=str(run)))
+    for name in ("20 nearest neighbours", "most frequent labels"):
+        found = seen["systems"][name]
+        assert found.shape == (n, 5) and not mask[np.arange(n)[:, None], found][found >= 0].any()
 
 
 def test_odd_names_and_empty_clusters(figure, tmp_path):

@@ -7,9 +7,9 @@
 Reads    RUN/data.npz and RUN/predictions.npz of each run; with --split val, RUN/predictions.val.npz
 Writes   with --ensemble, OUT/predictions.npz, and OUT/data.npz, a link to that of the first run: OUT is a run folder
 
-All runs must have predicted the same documents with the same true labels; only their tokens may differ. Metrics are in
-percent, over the documents that have labels; PSP takes its weights from the training labels of the first run. A dash:
-fewer labels were predicted than the metric asks for.
+All runs must have predicted the same documents with the same true and known labels; only their tokens may differ.
+Metrics are in percent, over the documents that have labels; PSP takes its weights from the training labels of the first
+run. A dash: fewer labels were predicted than the metric asks for.
 The bootstrap (paired, as in Koehn, EMNLP 2004) draws the documents anew, with replacement, the same ones for both runs:
 the middle 95% of the differences, and the share of the draws in which the second run is better, half of the equal ones
 counted. That is about which documents are in the split; for the seed of training, compare runs with several seeds.
@@ -149,7 +149,7 @@ def run(config: Config) -> None:
     if config.ensemble != bool(config.out):
         raise UserError("--ensemble and --out FOLDER go together; give both or none")
     file = "predictions.npz" if config.split == "test" else f"predictions.{config.split}.npz"
-    members, digests, truths, weights, added = [], [], [], [], []
+    members, digests, truths, knowns, weights, added = [], [], [], [], [], []
     for folder in config.runs:
         data = stages.data.load(folder)
         split, train, names = data.splits[config.split], data.splits["train"], data.names
@@ -157,6 +157,12 @@ def run(config: Config) -> None:
         if truths[-1] != truths[0]:
             raise UserError(f"{config.runs[0]} and {folder} differ in the labels of {config.split} documents or in "
                             "their names; make their data.npz from the same corpus")
+        # What is known beforehand is no prediction: one run must not be spared wrong labels that the other is not.
+        pairs = data.known.get(config.split)
+        knowns.append(pairs if pairs is None else (pairs.indices.tobytes(), pairs.indptr.tobytes()))
+        if knowns[-1] != knowns[0]:
+            raise UserError(f"{config.runs[0]} and {folder} differ in what is known beforehand of {config.split} "
+                            "documents (filter files); make their data.npz from the same corpus")
         weights.append(stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(names)), len(train)))
         found, sha256 = load_predictions(Path(folder) / file, config.split, len(split), len(names))
         members += [found] if config.ensemble else []

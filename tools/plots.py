@@ -172,9 +172,10 @@ def run(config: Config) -> None:
     labels, scores, right = report.load(out / "predictions.npz", "test", data)
     split, train, n_labels = data.splits["test"], data.splits["train"], len(data.names)
     count_L, has_N = np.bincount(train.labels, minlength=n_labels), np.diff(split.label_offsets) > 0
-    near = stages.eval.nearest_neighbours(train, split, data.meta["vocab_size"], n_labels, FIRST)
-    systems = {"this run": labels, "20 nearest neighbours": near,
-               "most frequent labels": stages.eval.most_frequent(train, len(split), n_labels, FIRST)}
+    known = data.known.get("test")
+    near = stages.eval.nearest_neighbours(train, split, data.meta["vocab_size"], n_labels, FIRST, known=known)
+    frequent = stages.eval.most_frequent(train, len(split), n_labels, FIRST, known)
+    systems = {"this run": labels, "20 nearest neighbours": near, "most frequent labels": frequent}
     slots_CF = tree.slot_to_label.reshape([*tree.levels, 1][0], -1)
     cluster_L = np.argsort(tree.slot_to_label)[-n_labels:] // slots_CF.shape[1]  # empty slots, -1, sort first
     names_C = [[data.names[i] for i in sorted(row[row >= 0], key=lambda i: -count_L[i])[:8]] for row in slots_CF]
