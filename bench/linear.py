@@ -444,7 +444,7 @@ def folder_name(config: Config) -> str:
 def ranking(predict: Predict, X_NV: csr_matrix, known: csr_matrix | None, k: int
             ) -> tuple[np.ndarray, np.ndarray]:
     """(labels (N, k), scores (N, k)) without the labels known beforehand: the next ones move up."""
-    more = 0 if known is None else int(np.diff(known.indptr).max())
+    more = artifacts.most_known(known)
     labels_NK, scores_NK = predict(X_NV, k + more)
     if more:
         labels_NK, scores_NK = artifacts.without_known(labels_NK, scores_NK, known, k)
