@@ -28,6 +28,7 @@ have, (1 + ln count) (1 + ln((N + 1) / (documents with the word + 1))).
 
 The scores of one-vs-rest are 1 / (1 + exp(-margin)): they have the order of the margins and are no
 calibrated probabilities. A label without a training document is not predicted by one-vs-rest.
+Its weights are kept as one dense array of 4 V L bytes; trained are a thousand labels at a time.
 CPU seconds are those of all threads; Omikuji's include the file that it reads the documents from.
 Left out here: the choice of C, stop words, n-grams and stems. Some published figures use them.
 
