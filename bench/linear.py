@@ -1,0 +1,471 @@
+"""What linear models reach on the documents of a run: the yardstick for the cascade.
+
+    python bench/linear.py --run runs/demo                         one-vs-rest; no other library
+    python bench/linear.py --run runs/demo --system xr-linear      by PECOS
+    python bench/linear.py --run runs/demo --system parabel        by Omikuji; so is bonsai
+    python bench/linear.py --run runs/demo --max-len 64           the tokens that the cascade reads
+    python bench/linear.py --run runs/mine --text words            words of the corpus, not tokens
+
+Reads    RUN/data.npz; with --text words, also the corpus that it was made from
+Writes   RUN/linear-SYSTEM[-words][-MAX_LEN]/    data.npz (a link), predictions.npz and
+                                                 predictions.val.npz, as stage 5 writes them
+
+Then `python -m tools.compare RUN RUN/linear-one-vs-rest` is a paired bootstrap of the two.
+
+All systems read the same TF-IDF matrix, whose rows have length 1. With `tokens` it is the one of
+stage 2: it counts the token ids that the cascade reads, too. With `words` it is the usual one of
+linear models: lower case, words of two characters or more that at least three training documents
+have, (1 + ln count) (1 + ln((N + 1) / (documents with the word + 1))).
+
+    one-vs-rest   for each label, min_w |w|^2 / 2 + C sum_i max(0, 1 - y_i w.x_i)^2 with C = 1 and
+                  x = [TF-IDF ; 1]; every label is scored (DiSMEC: Babbar and Schoelkopf, WSDM 2017)
+    xr-linear     such SVMs for the nodes of a label tree, each trained on the documents that belong
+                  to its parent; PECOS' own settings, beam 10 (Yu et al., JMLR 2022)
+    parabel       three balanced binary trees; Omikuji's own settings, beam 10
+                  (Prabhu et al., WWW 2018)
+    bonsai        three trees of depth three with 100 children to a node, not balanced; otherwise as
+                  parabel (Khandagale, Xiao and Babbar, 2020)
+
+The scores of one-vs-rest are 1 / (1 + exp(-margin)): they have the order of the margins and are no
+calibrated probabilities. A label without a training document is not predicted by one-vs-rest.
+Its weights are kept as one dense array of 4 V L bytes; trained are a thousand labels at a time.
+CPU seconds are those of all threads; Omikuji's include the file that it reads the documents from.
+Left out here: the choice of C, stop words, n-grams and stems. Some published figures use them.
+
+Shapes   N documents, L labels, V words or tokens (+ 1 for the bias), F labels trained at once,
+         k labels predicted, K the same and as many more as may be known beforehand
+"""
+
+import re
+import tempfile
+import time
+from array import array
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from common import machine, stages
+from scipy.sparse import csr_matrix, diags_array, hstack
+
+import artifacts
+from artifacts import UserError, flag, natural, positive
+from data import formats
+from variants import common as variants
+
+SPLITS = ("train", "val", "test")
+SYSTEMS = ("one-vs-rest", "xr-linear", "parabel", "bonsai")
+INSTALL = {
+    "xr-linear": "pip install --no-deps libpecos==1.2.8 && pip install scikit-learn",
+    "parabel": "pip install omikuji==0.5.2",
+    "bonsai": "pip install omikuji==0.5.2",
+}
+BEAM = 10
+MIN_DF = 3  # training documents that have a word, at least
+C = 1.0  # weight of the loss against |w|^2 / 2
+TOLERANCE = 0.1  # liblinear's, for this solver
+PASSES = 100  # over the documents, at most
+CHUNK = 1024  # labels that are trained at the same time
+ROWS = 256  # documents whose labels are scored at the same time
+
+# (labels (N, k), scores (N, k)) of documents (N, V), best first; -1 and 0 where there are fewer.
+Predict = Callable[[csr_matrix, int], tuple[np.ndarray, np.ndarray]]
+
+
+@dataclass(frozen=True)
+class Config:
+    run: str = flag("runs/demo", "folder of a run, of which only data.npz is needed")
+    system: str = flag("one-vs-rest", ", ".join(SYSTEMS))
+    text: str = flag("tokens", "what TF-IDF counts: tokens (of data.npz) or words (of the corpus)")
+    corpus: str = flag("", "folder of the corpus, for --text words (default: as data.npz says)")
+    max_len: int = flag(0, "cut documents as stage 4 does with it (0: all tokens stored)", natural)
+    k: int = flag(100, "labels to predict for each document", positive)
+    seed: int = flag(0, "seed of the order of the documents in one-vs-rest", natural)
+
+
+# --------------------------------------------------------------------------------------- documents
+
+
+def cut(split: stages.data.Split, room: int) -> stages.data.Split:
+    """The same documents with their first `room` tokens."""
+    length_N = np.minimum(np.diff(split.offsets), room)
+    _, _, place = stages.data.flatten(split.offsets[:-1], length_N)
+    offsets = np.append(0, np.cumsum(length_N))
+    return stages.data.Split(split.ids[place], offsets, split.labels, split.label_offsets)
+
+
+def read_features(data: stages.data.Data, config: Config) -> dict[str, csr_matrix]:
+    """{split: TF-IDF (N, V)}: what every system reads."""
+    if config.text == "words":
+        return word_features(data, config.corpus)
+    return token_features(data, config.max_len)
+
+
+def token_features(data: stages.data.Data, max_len: int) -> dict[str, csr_matrix]:
+    """{split: TF-IDF (N, V)} of the token ids in data.npz."""
+    splits = {name: data.splits[name] for name in SPLITS}
+    if max_len:
+        # Some of a document's max_len tokens are special ones; stage 4 leaves this room.
+        room = max_len - len(data.meta["prefix"]) - len(data.meta["suffix"])
+        if room < 1:
+            raise UserError(f"--max-len {max_len} leaves no room for a text; raise it")
+        splits = {name: cut(split, room) for name, split in splits.items()}
+    vocab = data.meta["vocab_size"]
+    found = {}
+    found["train"], idf_V = stages.tree.tfidf(splits["train"], None, vocab)
+    for name in ("val", "test"):
+        found[name], _ = stages.tree.tfidf(splits[name], idf_V, vocab)
+    return found
+
+
+def word_features(data: stages.data.Data, folder: str) -> dict[str, csr_matrix]:
+    """{split: TF-IDF (N, V)} of the words in the corpus."""
+    texts = read_texts(data, folder)
+
+    # The vocabulary is that of the training documents, by first occurrence.
+    column: dict[str, int] = {}
+    for text in texts["train"]:
+        for word in words(text):
+            column.setdefault(word, len(column))
+    counts = {name: count(texts[name], column) for name in texts}
+
+    # Rare words say nothing about new documents.
+    df_V = np.bincount(counts["train"].indices, minlength=len(column))
+    kept = np.flatnonzero(df_V >= MIN_DF)
+    idf_V = 1 + np.log((1 + len(texts["train"])) / (1 + df_V[kept]))
+    found = {}
+    for name in texts:
+        X_NV = counts[name][:, kept]
+        X_NV.data = 1 + np.log(X_NV.data)
+        found[name] = stages.tree.normalize(X_NV @ diags_array(idf_V.astype(np.float32)))
+    return found
+
+
+def words(text: str) -> list[str]:
+    """The words of two characters or more, in lower case."""
+    return re.findall(r"\b\w\w+\b", text.lower())
+
+
+def count(texts: list[str], column: dict[str, int]) -> csr_matrix:
+    """(N, V) float32: how often a text has a word; words without a column are left out."""
+    indices = array("i")
+    indptr = array("q", [0])
+    for text in texts:
+        indices.extend(column[word] for word in words(text) if word in column)
+        indptr.append(len(indices))
+    ones = np.ones(len(indices), np.float32)
+    X_NV = csr_matrix((ones, np.frombuffer(indices, np.int32), np.frombuffer(indptr, np.int64)),
+                      shape=(len(texts), len(column)))
+    X_NV.sum_duplicates()
+    return X_NV
+
+
+def read_texts(data: stages.data.Data, folder: str) -> dict[str, list[str]]:
+    """{split: texts} of the very documents that data.npz holds, in its order.
+
+    What stage 1 chose is chosen again, with the settings in data.npz. The labels must come out the
+    same, or this is another corpus.
+    """
+    settings = data.meta["config"]
+    folder = folder or settings["corpus"]
+    corpus = formats.open_corpus(Path(folder), settings["separator"])
+    label_id = {name if corpus.by_name else i: i for i, name in enumerate(data.names)}
+
+    def documents(split: str) -> list[tuple[str, list[int]]]:
+        drops = stages.data.Counter()
+        source = stages.data.read_documents(corpus, split, label_id, settings["text_limit"], drops)
+        return [(text, labels) for _, text, labels in source]
+
+    rows = {split: documents(split) for split in SPLITS if split in corpus.documents}
+    rng = np.random.default_rng(settings["seed"])
+    training = np.arange(len(rows["train"]))
+    if "val" not in rows:
+        drawn = rng.permutation(training)[: max(1, int(len(training) * settings["val"]))]
+        rows["val"] = [rows["train"][i] for i in np.sort(drawn)]
+        training = np.setdiff1d(training, drawn)
+    if 0 < settings["limit"] < len(training):
+        training = np.sort(rng.permutation(training)[: settings["limit"]])
+    rows["train"] = [rows["train"][i] for i in training]
+
+    for split, found in rows.items():
+        expected = data.splits[split]
+        labels = [label for _, row in found for label in row]
+        if len(found) != len(expected) or not np.array_equal(labels, expected.labels):
+            raise UserError(f"--corpus {folder}: its {split} documents are not those of data.npz; "
+                            "name the corpus that 01_data.py read, as it was then")
+    return {split: [text for text, _ in found] for split, found in rows.items()}
+
+
+# ------------------------------------------------------------------------------------- one-vs-rest
+
+
+def one_vs_rest(X_NV: csr_matrix, Y_NL: csr_matrix, config: Config) -> tuple[Predict, float]:
+    """(predict, size in MB): an SVM for each label on all documents; every label is scored."""
+    X_NV = with_bias(X_NV)
+    Y_NL = Y_NL.tocsc()
+    count_L = np.diff(Y_NL.indptr)
+    # Labels with about as many documents need about as many passes: they go together.
+    seen = np.argsort(-count_L, kind="stable")[: (count_L > 0).sum()]
+    W_VL = np.empty((X_NV.shape[1], len(seen)), np.float32)
+    for start in range(0, len(seen), CHUNK):
+        part = slice(start, start + CHUNK)
+        positive_NF = Y_NL[:, seen[part]].toarray() > 0
+        W_VL[:, part] = dual_descent(X_NV, positive_NF, C, config.seed)
+
+    def predict(X_NV: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
+        X_NV = with_bias(X_NV)
+        parts = []
+        for start in range(0, X_NV.shape[0], ROWS):
+            margin_NL = X_NV[start : start + ROWS] @ W_VL
+            parts.append(best(margin_NL, min(k, len(seen))))
+        place_Nk, margin_Nk = (np.concatenate(tables) for tables in zip(*parts, strict=True))
+        return seen[place_Nk], 1 / (1 + np.exp(-margin_Nk))
+
+    return predict, W_VL.nbytes / 1e6
+
+
+def with_bias(X_NV: csr_matrix) -> csr_matrix:
+    """A last column of ones: its weight is the bias, regularised as the others are."""
+    ones_N1 = csr_matrix(np.ones((X_NV.shape[0], 1), np.float32))
+    return csr_matrix(hstack([X_NV, ones_N1], dtype=np.float32))
+
+
+def best(score_NL: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
+    """(places (N, k), scores (N, k)) of the k largest, falling."""
+    place_Nk = np.argpartition(-score_NL, k - 1, axis=1)[:, :k]
+    score_Nk = np.take_along_axis(score_NL, place_Nk, axis=1)
+    order_Nk = np.argsort(-score_Nk, axis=1, kind="stable")
+    place_Nk = np.take_along_axis(place_Nk, order_Nk, axis=1)
+    return place_Nk, np.take_along_axis(score_Nk, order_Nk, axis=1)
+
+
+def dual_descent(X_NV: csr_matrix, positive_NF: np.ndarray, c: float, seed: int = 0,
+                 tolerance: float = TOLERANCE) -> np.ndarray:
+    """Weights (V, F) of F linear SVMs with squared hinge, by dual coordinate descent.
+
+    This is what liblinear does (Hsieh et al., ICML 2008, its solver 1), for F labels at once: what
+    is a number there is a row of F numbers here. The weights are w = sum_i alpha_i x_i, where
+    alpha_i has the sign of y_i, or is 0. One step puts one document's alpha_i at its best value
+    while the others stay, and w follows:
+
+        alpha_i  <-  alpha_i - (w.x_i - y_i + alpha_i / 2C) / (x_i.x_i + 1 / 2C)
+                     or 0, if that has the wrong sign
+
+    Nearly all alpha_i of a label are 0 and stay 0: they belong to documents that are far from it.
+    So a step costs one product, for the margins of the F labels, and little more. A label is done
+    when no step of a pass moved a margin by more than `tolerance`, alpha_i / 2C included.
+    """
+    rng = np.random.default_rng(seed)
+    N, F = positive_NF.shape
+    found_VF = np.empty((X_NV.shape[1], F), np.float32)
+    W_VF = np.zeros_like(found_VF)
+    alpha_NF = np.zeros((N, F), np.float32)
+    busy_F = np.arange(F)  # labels that are not done; the arrays hold these alone
+    soft = np.float32(1 / (2 * c))
+    square_N = np.asarray(X_NV.multiply(X_NV).sum(axis=1), np.float32).ravel() + soft
+    for _ in range(PASSES):
+        most_F = np.zeros(len(busy_F), np.float32)
+        for i in rng.permutation(N):
+            row = slice(X_NV.indptr[i], X_NV.indptr[i + 1])
+            columns = X_NV.indices[row]
+            x = X_NV.data[row]
+            positive_F = positive_NF[i]
+            alpha_F = alpha_NF[i]
+
+            # The best alpha, were its sign free; then 0 where it has not the sign of y.
+            gap_F = x @ W_VF[columns] - np.where(positive_F, np.float32(1), np.float32(-1))
+            new_F = alpha_F - (gap_F + soft * alpha_F) / square_N[i]
+            new_F[(new_F > 0) != positive_F] = 0
+
+            step_F = new_F - alpha_F
+            moved = np.flatnonzero(step_F)
+            if len(moved):
+                alpha_NF[i] = new_F
+                W_VF[columns[:, None], moved] += x[:, None] * step_F[moved]
+                most_F[moved] = np.maximum(most_F[moved], square_N[i] * np.abs(step_F[moved]))
+        done_F = most_F <= tolerance
+        found_VF[:, busy_F] = W_VF
+        if done_F.all():
+            break
+        if done_F.any():
+            busy_F = busy_F[~done_F]
+            W_VF = np.ascontiguousarray(W_VF[:, ~done_F])
+            alpha_NF = alpha_NF[:, ~done_F]
+            positive_NF = positive_NF[:, ~done_F]
+    return found_VF
+
+
+# ----------------------------------------------------------------------------------- the libraries
+
+
+def xr_linear(X_NV: csr_matrix, Y_NL: csr_matrix, config: Config) -> tuple[Predict, float]:
+    """(predict, size in MB): PECOS XR-Linear, all settings as they come."""
+    from scipy import sparse
+
+    # PECOS 1.2.8 was written for older versions of scipy and numpy: it asks for names that have
+    # gone elsewhere and for arrays that are never copied.
+    sparse.sputils = sparse._sputils
+    from pecos.utils import smat_util
+    smat_util.cs_matrix = plain_matrix
+    from pecos.xmc import Indexer, LabelEmbeddingFactory
+    from pecos.xmc.xlinear.model import XLinearModel
+
+    label_features = LabelEmbeddingFactory.create(Y_NL, X_NV, method="pifa")
+    tree = Indexer.gen(label_features, threads=1, seed=config.seed)
+    model = XLinearModel.train(X_NV, Y_NL, C=tree, threads=1)
+
+    def predict(X_NV: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
+        found = csr_matrix(model.predict(X_NV, beam_size=BEAM, only_topk=k, threads=1))
+        labels_Nk = np.full((X_NV.shape[0], k), -1)
+        scores_Nk = np.zeros((X_NV.shape[0], k), np.float32)
+        for i in range(X_NV.shape[0]):
+            row = slice(found.indptr[i], found.indptr[i + 1])
+            order = np.argsort(-found.data[row], kind="stable")
+            labels_Nk[i, : len(order)] = found.indices[row][order]
+            scores_Nk[i, : len(order)] = found.data[row][order]
+        return labels_Nk, scores_Nk
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        return predict, megabytes(folder)
+
+
+def plain_matrix(content, kind: type, shape=None, dtype=None, copy=False, check_contents=False):
+    """What PECOS' smat_util.cs_matrix gives, by scipy itself."""
+    return kind(content, shape=shape, dtype=dtype, copy=copy)
+
+
+def omikuji(X_NV: csr_matrix, Y_NL: csr_matrix, config: Config) -> tuple[Predict, float]:
+    """(predict, size in MB): Omikuji's Parabel, all settings as they come, or its Bonsai."""
+    from omikuji import Model
+
+    settings = Model.default_hyper_param()
+    if config.system == "bonsai":
+        settings.cluster_balanced = False
+        settings.cluster_k = 100
+        settings.max_depth = 3
+    with tempfile.TemporaryDirectory() as folder:
+        write_svm(Path(folder) / "train.txt", X_NV, Y_NL)
+        model = Model.train_on_data(str(Path(folder) / "train.txt"), settings, n_threads=1)
+
+    def predict(X_NV: csr_matrix, k: int) -> tuple[np.ndarray, np.ndarray]:
+        labels_Nk = np.full((X_NV.shape[0], k), -1)
+        scores_Nk = np.zeros((X_NV.shape[0], k), np.float32)
+        for i in range(X_NV.shape[0]):
+            row = slice(X_NV.indptr[i], X_NV.indptr[i + 1])
+            pairs = list(zip(X_NV.indices[row].tolist(), X_NV.data[row].tolist(), strict=True))
+            for j, (label, score) in enumerate(model.predict(pairs, beam_size=BEAM, top_k=k)):
+                labels_Nk[i, j] = label
+                scores_Nk[i, j] = score
+        return labels_Nk, scores_Nk
+
+    with tempfile.TemporaryDirectory() as folder:
+        model.save(folder)
+        return predict, megabytes(folder)
+
+
+def write_svm(path: Path, X_NV: csr_matrix, Y_NL: csr_matrix) -> None:
+    """The file that Omikuji reads: N, V and L, then a document a line, "label,label word:value"."""
+    with open(path, "w") as file:
+        file.write(f"{X_NV.shape[0]} {X_NV.shape[1]} {Y_NL.shape[1]}\n")
+        for i in range(X_NV.shape[0]):
+            row = slice(X_NV.indptr[i], X_NV.indptr[i + 1])
+            labels = ",".join(map(str, Y_NL.indices[Y_NL.indptr[i] : Y_NL.indptr[i + 1]]))
+            pairs = zip(X_NV.indices[row], X_NV.data[row], strict=True)
+            features = " ".join(f"{word}:{value:.7g}" for word, value in pairs)
+            file.write(f"{labels} {features}\n")
+
+
+def megabytes(folder: str) -> float:
+    """The size of all files in a folder."""
+    return sum(path.stat().st_size for path in Path(folder).rglob("*") if path.is_file()) / 1e6
+
+
+TRAIN = {"one-vs-rest": one_vs_rest, "xr-linear": xr_linear, "parabel": omikuji, "bonsai": omikuji}
+
+
+# ----------------------------------------------------------------------------------------- the run
+
+
+def run(config: Config) -> None:
+    check(config)
+    where = machine(config)
+    print(", ".join(f"{key} {value}" for key, value in where.items() if value is not None))
+    out = variants.folder(config.run, folder_name(config), "data.npz")
+    data = stages.data.load(out)
+    train = data.splits["train"]
+    features = read_features(data, config)
+    X_NV = features["train"]
+    Y_NL = train.label_matrix(len(data.names))
+    print(f"{len(train):,} training documents, {len(data.names):,} labels, "
+          f"{X_NV.shape[1]:,} {config.text}, {X_NV.nnz / len(train):.0f} of them in a document")
+
+    start = time.process_time()  # of all threads
+    try:
+        predict, size = TRAIN[config.system](X_NV, Y_NL, config)
+    except ImportError as error:
+        advice = INSTALL.get(config.system)
+        raise UserError(f"--system {config.system} ({error}): {advice}") from error
+    seconds = time.process_time() - start
+    print(f"training took {seconds:.0f} CPU seconds, the model takes {size:.0f} MB")
+
+    count_L = np.bincount(train.labels, minlength=len(data.names))
+    weight_L = stages.eval.inverse_propensity(count_L, len(train))
+    print(f"{'%':34}" + "".join(f"{column:>7}" for column in stages.eval.COLUMNS))
+    for name in ("val", "test"):
+        split = data.splits[name]
+        start = time.process_time()
+        labels_Nk, scores_Nk = ranking(predict, features[name], data.known.get(name), config.k)
+        each = 1000 * (time.process_time() - start) / len(split)
+        save(out, name, config, labels_Nk, scores_Nk, seconds)
+        result = stages.eval.metrics(labels_Nk, split, weight_L)
+        print(stages.eval.row(f"{config.system}, {name}, {each:.1f} ms each", result), flush=True)
+
+
+def check(config: Config) -> None:
+    """UserError where the settings do not go together."""
+    if config.system not in SYSTEMS:
+        raise UserError(f"--system {config.system}: expected one of {', '.join(SYSTEMS)}")
+    if config.text not in ("tokens", "words"):
+        raise UserError(f"--text {config.text}: expected tokens or words")
+    if config.text == "words" and config.max_len:
+        raise UserError("--max-len counts tokens; it does not go with --text words")
+
+
+def folder_name(config: Config) -> str:
+    """linear-SYSTEM[-words][-MAX_LEN]: a folder for each of the texts that can be read."""
+    name = f"linear-{config.system}"
+    if config.text == "words":
+        name += "-words"
+    if config.max_len:
+        name += f"-{config.max_len}"
+    return name
+
+
+def ranking(predict: Predict, X_NV: csr_matrix, known: csr_matrix | None, k: int
+            ) -> tuple[np.ndarray, np.ndarray]:
+    """(labels (N, k), scores (N, k)) without the labels known beforehand: the next ones move up."""
+    more = artifacts.most_known(known)
+    labels_NK, scores_NK = predict(X_NV, k + more)
+    if more:
+        labels_NK, scores_NK = artifacts.without_known(labels_NK, scores_NK, known, k)
+    # Where a corpus has fewer labels than k, the places left over are empty.
+    room = ((0, 0), (0, max(0, k - labels_NK.shape[1])))
+    labels_Nk = np.pad(labels_NK[:, :k], room, constant_values=-1)
+    scores_Nk = np.pad(scores_NK[:, :k], room)
+    return labels_Nk, np.where(labels_Nk < 0, 0, scores_Nk)
+
+
+def save(out: Path, split: str, config: Config, labels_Nk: np.ndarray, scores_Nk: np.ndarray,
+         seconds: float) -> None:
+    """Write predictions as stage 5 does, with how they were made."""
+    file = "predictions.npz" if split == "test" else f"predictions.{split}.npz"
+    written = stages.eval.Config(run=str(out), split=split, k=config.k)
+    arrays = {"labels": labels_Nk.astype(np.int32), "scores": scores_Nk.astype(np.float32)}
+    artifacts.save_npz(out / file, written, arrays, made_from=("data.npz",),
+                       stage="bench/linear.py", ranking=config.system,
+                       linear=artifacts.settings(config), seconds=seconds)
+
+
+if __name__ == "__main__":
+    artifacts.main(run, Config, __doc__)
