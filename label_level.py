@@ -164,7 +164,9 @@ class RowAdam(torch.optim.Optimizer):
     Both f and v know the gradient of this very step before any weight moves. So h / sqrt(v) cannot run away when a
     feature or a row that gave nothing so far wakes up: its mean square over a row is at most 1 / (1 - beta), as Adam's.
     That leaves a row whose gradient stands in few features: BOUND caps the largest single entry. The cap is computed
-    from the factors, which costs little, and hardly ever acts.
+    from the factors, which costs little. It looks at what documents could add up to, and they cancel in part: so it
+    slows about one row in ten down that needed no cap, mostly those that many documents pull at. That does no harm
+    (bench/README.md).
 
     A feature may be dead: zero in every document. FLOOR keeps its scale finite and does not blow up rounding noise.
     A row's v is a mean over the steps in which the row had a gradient; c, the weight of that history, corrects its
