@@ -13,9 +13,9 @@ the hard negatives. The loss is binary cross-entropy over the candidates, summed
 Heads first. A pretrained encoder knows much and the heads, at the start, nothing: trained together, what the heads send
 back is noise, and it damages the encoder before they have learnt to listen. So stage 4 runs the encoder over the corpus
 once, keeps its features, and trains the heads alone on them, which takes minutes; then everything, end to end (linear
-probing, then fine-tuning: Kumar et al., ICLR 2022). Most of a pretrained feature is one mean that all documents share,
-so features are centred, and scaled by one number per hidden state, for a single feature may be always zero. A node's
-bias starts at the log odds of having a document.
+probing, then fine-tuning: Kumar et al., ICLR 2022). The features of any two documents are nearly equal, since both are
+mostly the same mean vector: it is subtracted, and a hidden state is divided by one number, the standard deviation of
+all its features together, since some features are always zero. A node's bias starts at the log odds of its documents.
 
 Left out here: the authors' ensembles, several devices, one-vs-all without a tree.
 Shapes   B batch, T tokens, D width, C clusters, F children of each (fan), K kept for a document,
@@ -101,7 +101,7 @@ class Head(nn.Module):
     def forward(self, x_BD: Tensor, clusters_BK: Tensor) -> Tensor:
         """Logits (B, K, F) of the children of each document's clusters."""
         if self.sparse:
-            return ShortlistProduct.apply(x_BD, self.weight, self.bias, clusters_BK)
+            return ShortlistProduct.apply(x_BD, self.weight, self.bias, clusters_BK, torch.is_grad_enabled())
         logits_BCF = product(x_BD, self.weight, self.bias)
         return logits_BCF.gather(1, clusters_BK[..., None].expand(-1, -1, self.bias.shape[1]))
 

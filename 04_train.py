@@ -17,6 +17,7 @@ device.
 """
 
 import math
+import os
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -148,7 +149,8 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
     per_epoch = -(-len(batches) // config.accumulate)
     total = per_epoch * config.epochs
     warmup, interval = min(per_epoch, total // 10), max(1, total // INTERVALS)
-    watch, parts = artifacts.LossWatch(model), {"model": model, "scaler": scaler, "optimizers": optimizers}
+    watch = artifacts.LossWatch(model)
+    parts = {"model": model, "scaler": scaler, "optimizers": optimizers, "watch": watch}
     at = artifacts.set_state(parts, state) if state else {"epoch": 0, "batch": 0, "step": 0, "sums": 0.0, "seen": 0}
     step, first, sums, seen = at["step"], at["batch"], torch.as_tensor(at["sums"], device=device), at["seen"]
 
@@ -167,14 +169,15 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
             for group, lr in zip(every_group, peak_lr, strict=True):
                 group["lr"] = lr * lr_scale(step, total, warmup)
             scaler.unscale_(adam)
-            norm = torch.nn.utils.clip_grad_norm_(dense, CLIP)
+            norm = torch.nn.utils.clip_grad_norm_(dense, CLIP).to(device)  # without any gradient it is on the CPU
             scaler.step(adam)
             for optimizer in optimizers[1:]:
                 optimizer.step(scale=scaler.scale(one))
             scaler.update()
             adam.zero_grad()
             step, last, lr = step + 1, i + 1 == len(batches), peak_lr[-1] * lr_scale(step, total, warmup)
-            watch(losses.detach(), 0 * norm.nan_to_num() if config.amp == "fp16" else norm, step, lr)
+            watch(losses.detach(), 0 * norm.nan_to_num() if config.amp == "fp16" else norm,
+                  steps_before + step, lr)
             if step % interval == 0 or last:
                 watch.check()
                 *means, surplus = sums.tolist()
@@ -191,7 +194,8 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
                 at = {"epoch": epoch + last, "batch": 0 if last else i + 1, "step": step, "sums": sums, "seen": seen}
                 save(artifacts.get_state(parts) | at)
                 if stop():
-                    raise KeyboardInterrupt(f"; a checkpoint was saved after step {step}; go on with --resume")
+                    raise KeyboardInterrupt(f"; a checkpoint was saved after step {steps_before + step}; go on with "
+                                            "--resume")
         first = 0
 
 
@@ -205,30 +209,38 @@ def encode(model: model_stage.Cascade, data: data_stage.Data, config: Config, st
     """
     model.eval()
     device = model.slot_to_label.device
-    shape = len(model.hidden), model.center_HD.shape[1]
     encoded = {}
     for name in ("train", "val"):
         split = data.splits[name]
-        size = 2 * len(split) * math.prod(shape)
-        artifacts.need_space(Path(config.run), size, advice="or do without these features: --head-epochs 0")
+        shape = (len(split), len(model.hidden), model.encoder.backbone.config.hidden_size)
         with tempfile.TemporaryFile(dir=config.run) as file:  # the array keeps it as long as it is needed
-            encoded[name] = np.memmap(file, np.float16, "w+", shape=(len(split), *shape))
+            if hasattr(os, "posix_fallocate"):  # or a disk that fills up later would kill the process without a word
+                os.posix_fallocate(file.fileno(), 0, 2 * math.prod(shape))
+            encoded[name] = np.memmap(file, np.float16, "w+", shape=shape)
         # Documents of about one length together, as in prediction: hardly any padding.
         order = np.argsort(np.diff(split.offsets), kind="stable")
         size = 2 * config.batch_size
         for start in tqdm(range(0, len(order), size), desc=f"encode {name}", unit=" batches", disable=None):
             if stop():
-                raise KeyboardInterrupt(" before the first step; nothing was saved")
+                raise KeyboardInterrupt(" while the encoder ran; nothing new was saved")
             rows = order[start : start + size]
             pooled_BHD = model.pooled(data.batch(name, rows, config.max_len).to(device))
             encoded[name][rows] = pooled_BHD.half().cpu().numpy()
     return data._replace(encoded=encoded)
 
 
+def cache_size(model: model_stage.Cascade, data: data_stage.Data) -> int:
+    """Bytes that `encode` writes."""
+    documents = len(data.splits["train"]) + len(data.splits["val"])
+    return 2 * documents * len(model.hidden) * model.encoder.backbone.config.hidden_size
+
+
 def center(model: model_stage.Cascade, encoded_NHD: np.ndarray) -> None:
     """Set the model's centre and scale: the mean of the features, and one standard deviation per hidden state.
 
-    One per hidden state, not one per feature: some encoders have features that are always zero.
+    One per hidden state, not one per feature: some encoders have features that are always zero. A hidden state that is
+    the same for all documents, as the embedding of the first token is, keeps the scale 1. UserError for a hidden state
+    that is too large for float16.
     """
     total = np.zeros(encoded_NHD.shape[1:])
     square = np.zeros(encoded_NHD.shape[1:])
@@ -237,9 +249,16 @@ def center(model: model_stage.Cascade, encoded_NHD: np.ndarray) -> None:
         total += part.sum(axis=0)
         square += (part**2).sum(axis=0)
     mean = total / len(encoded_NHD)
-    variance = square / len(encoded_NHD) - mean**2
+    for place, finite in enumerate(np.isfinite(mean).all(axis=1)):
+        if not finite:
+            raise UserError(f"hidden state {model.hidden[place]} of the encoder is too large for float16, in which the "
+                            "features wait for the heads; leave it out of --layers, or take --head-epochs 0")
+    square_H = (square / len(encoded_NHD)).mean(axis=1)
+    variance_H = square_H - (mean**2).mean(axis=1)
+    varies = variance_H > 1e-6 * square_H
+    spread_H = np.sqrt(np.where(varies, variance_H, 1.0))
     model.center_HD.copy_(torch.from_numpy(mean))
-    model.scale_H.copy_(torch.from_numpy(1 / np.sqrt(variance.mean(axis=1))))
+    model.scale_H.copy_(torch.from_numpy(1 / spread_H))
 
 
 @torch.no_grad()
@@ -274,6 +293,40 @@ def run(config: Config, build: Callable = model_stage.build) -> None:
         train(config, data, tree, build)
 
 
+class Keeper:
+    """What `fit` calls to save, in one phase of a training: validates after each epoch, keeps the best model, and
+    writes the checkpoints. `best`: the best validation so far, of an earlier phase too."""
+
+    def __init__(self, model: model_stage.Cascade, data: data_stage.Data, config: Config, log: Callable[[dict], None],
+                 best: float, phase: str, steps_before: int) -> None:
+        self.model, self.data, self.config, self.log = model, data, config, log
+        self.best, self.phase, self.steps_before = best, phase, steps_before
+        self.out = Path(config.run)
+        self.can_judge = len(data.splits["val"].labels) > 0
+
+    def __call__(self, state: dict) -> None:
+        if state["batch"] == 0:  # an epoch is over
+            self.validate(state)
+        heads_are_all = self.phase == "heads" and not self.config.epochs
+        epochs = self.config.head_epochs if self.phase == "heads" else self.config.epochs
+        finished = (self.phase == "all" or heads_are_all) and state["epoch"] == epochs
+        where = {"best": self.best, "phase": self.phase, "steps_before": self.steps_before, "finished": finished}
+        artifacts.save_checkpoint(self.out, self.config, {"config": settings(self.config)} | state | where)
+
+    def validate(self, state: dict) -> None:
+        """Validate, and keep the model if it is the best so far; where no validation document has a label, the last."""
+        result = validate(self.model, self.data, self.config)
+        ranking = max(model_stage.RANKINGS, key=lambda name: sum(result["P"][name]))
+        step = self.steps_before + state["step"]
+        self.log({"epoch": state["epoch"], "step": step, "validation": result, "ranking": ranking})
+        score = sum(result["P"][ranking])
+        if score > self.best or not self.can_judge:
+            self.best = score
+            content = {"config": settings(self.config), "ranking": ranking, "model": state["model"],
+                       "encoder": self.model.encoder.backbone.config.to_dict()}
+            save_pt(self.out / "model.pt", self.config, content, ("data.npz", "tree.npz"))
+
+
 def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: Callable) -> None:
     """Build the cascade, train its heads, then all of it, and keep checkpoints and the best epoch."""
     if not config.head_epochs + config.epochs:
@@ -283,60 +336,62 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
     config = replace(config, topk=",".join(map(str, model.topk)),
                      layers=",".join("+".join(map(str, group)) for group in model.layers))
     state, config = artifacts.go_on(out, config) if config.resume else (None, config)
-    artifacts.room_for_training(out, model)
-    batches, log = Batches(data, config.batch_size, config.max_len, config.seed), artifacts.logger(out, config)
-    best = state["best"] if state else -1.0
+    if state:
+        artifacts.set_weights(model, state["model"], out / "checkpoint.pt", "04_train.py")
+    heads_left = config.head_epochs and (not state or state["phase"] == "heads")
+    artifacts.room_for_training(out, model, cache_size(model, data) if heads_left else 0)
+    batches = Batches(data, config.batch_size, config.max_len, config.seed)
     config = replace(config, amp=artifacts.choose_amp(config.amp, model, next(batches(0)).to(device)))
     if config.compile:
         model.encoder.compile(dynamic=True)
     if not config.resume:
         artifacts.start_over(out)
+    if not len(data.splits["val"].labels):
+        print("no validation document has a label: the last epoch is kept")
     torch.manual_seed(config.seed)
     print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()), flush=True)
 
-    # The phases of a training, one after the other: (what it is called, its settings).
-    phases = {"heads": replace(config, epochs=config.head_epochs, lr=config.head_lr), "all": config}
-    phases = {name: its for name, its in phases.items() if its.epochs}
-
-    def saver(phase: str, its: Config, data: data_stage.Data, steps_before: int) -> Callable[[dict], None]:
-        """What fit calls to save: after an epoch with a validation, and the model where that is the best so far."""
-        def save(state: dict) -> None:
-            nonlocal best
-            content = {"config": settings(config)}
-            if state["batch"] == 0:  # an epoch is over
-                result = validate(model, data, its)
-                ranking = max(model_stage.RANKINGS, key=lambda name: sum(result["P"][name]))
-                log({"phase": phase, "epoch": state["epoch"], "step": steps_before + state["step"],
-                     "validation": result, "ranking": ranking})
-                if sum(result["P"][ranking]) > best:
-                    best = sum(result["P"][ranking])
-                    encoder = model.encoder.backbone.config.to_dict()
-                    more = {"ranking": ranking, "encoder": encoder, "model": state["model"]}
-                    save_pt(out / "model.pt", config, content | more, ("data.npz", "tree.npz"))
-            finished = phase == list(phases)[-1] and state["epoch"] == its.epochs
-            where = {"best": best, "phase": phase, "steps_before": steps_before, "finished": finished}
-            artifacts.save_checkpoint(out, config, content | state | where)
-        return save
-
+    log = artifacts.logger(out, config)
+    best = state["best"] if state else -1.0
     with artifacts.asked_to_stop() as stop:
-        steps_before = 0
         if not state:
             set_prior(model, data.splits["train"])
-        for phase, its in phases.items():
-            steps = -(-len(batches) // config.accumulate) * its.epochs
-            if state is None or state["phase"] == phase:
-                seen = data
-                over = state is not None and state["epoch"] == its.epochs
-                if phase == "heads" and not over:
-                    seen = encode(model, data, config, stop)
-                    if not state:
-                        center(model, seen.encoded["train"])
-                    its = replace(its, amp="off")  # there is no encoder in these steps
-                its_batches = Batches(seen, config.batch_size, config.max_len, config.seed)
-                fit(model, its_batches, its, lambda record, phase=phase: log({"phase": phase} | record),
-                    saver(phase, its, seen, steps_before), state, stop, steps_before)
-                state = None
-            steps_before += steps
+        if heads_left:
+            best = train_heads(model, data, config, log, best, state, stop)
+            state = None  # used up: the next phase starts fresh
+        if config.epochs:
+            train_all(model, data, config, log, best, state, stop)
+
+
+def train_heads(model: model_stage.Cascade, data: data_stage.Data, config: Config, log: Callable[[dict], None],
+                best: float, state: dict | None, stop: Callable[[], bool]) -> float:
+    """The heads alone, on what the encoder says of the documents; the best validation."""
+    if not state or state["epoch"] < config.head_epochs:
+        data = encode(model, data, config, stop)
+    if not state:
+        center(model, data.encoded["train"])
+
+    def log_heads(record: dict) -> None:
+        log({"phase": "heads"} | record)
+
+    keeper = Keeper(model, data, config, log_heads, best, "heads", steps_before=0)
+    batches = Batches(data, config.batch_size, config.max_len, config.seed)
+    # There is no encoder in these steps, and the heads compute in float32.
+    heads_config = replace(config, epochs=config.head_epochs, lr=config.head_lr, amp="off")
+    fit(model, batches, heads_config, log_heads, keeper, state, stop)
+    return keeper.best
+
+
+def train_all(model: model_stage.Cascade, data: data_stage.Data, config: Config, log: Callable[[dict], None],
+              best: float, state: dict | None, stop: Callable[[], bool]) -> None:
+    """The whole cascade, end to end."""
+    def log_all(record: dict) -> None:
+        log({"phase": "all"} | record)
+
+    batches = Batches(data, config.batch_size, config.max_len, config.seed)
+    steps_before = -(-len(batches) // config.accumulate) * config.head_epochs
+    keeper = Keeper(model, data, config, log_all, best, "all", steps_before)
+    fit(model, batches, config, log_all, keeper, state, stop, steps_before)
 
 
 if __name__ == "__main__":

@@ -228,9 +228,17 @@ class LossWatch:
         usual = np.median(self.last, axis=0) if self.last else self.first
         for level, loss in enumerate(losses):
             if loss > self.GROWTH * usual[level] and loss > self.first[level]:
-                self.stop(f"the loss of level {level + 1} of {len(losses)} is {loss:,.0f}, a thousand times its median "
-                          f"of the last {len(self.last)} steps, {usual[level]:.2f}", level, step, lr)
+                self.stop(f"the loss of level {level + 1} of {len(losses)} is {loss:.3g}, more than a thousand times "
+                          f"its median of the last {len(self.last)} steps, {usual[level]:.3g}", level, step, lr)
         self.last.append(losses)
+
+    def state_dict(self) -> dict:
+        """What was seen so far, for a training that goes on later."""
+        return {"first": self.first, "last": list(self.last)}
+
+    def load_state_dict(self, state: dict) -> None:
+        self.first = state["first"]
+        self.last.extend(state["last"])
 
     def stop(self, what: str, level: int | None, step: int, lr: float) -> None:
         """UserError that says what happened, where, and what to do."""
@@ -238,7 +246,8 @@ class LossWatch:
         part = self.model if level is None or heads is None or level >= len(heads) else heads[level]
         largest = max(float(parameter.detach().abs().max()) for parameter in part.parameters())
         raise UserError(f"{what}: step {step}, learning rate {lr:.1e}, largest weight {largest:.1e}; the checkpoints "
-                        "are those of before. Start over with a lower --lr or --lr-encoder, after deleting them")
+                        "are those of before. Start over with a lower --lr or --lr-encoder (of the heads alone: "
+                        "--head-lr), after deleting them")
 
 
 def positive(text: str) -> int:
@@ -449,7 +458,8 @@ def load_checkpoint(folder: Path) -> dict:
             raise
         state = load_pt(paths[1])[0]
         os.replace(paths[1], paths[0])  # or the next checkpoint would put the damaged one in the place of this one
-        print(f"{str(error).split('; run: ')[0]}; taking the checkpoint before it, of step {state['step']}")
+        print(f"{str(error).split('; run: ')[0]}; taking the checkpoint before it, of step "
+              f"{state['steps_before'] + state['step']}")
         return state
 
 
@@ -587,10 +597,12 @@ def need_space(folder: Path, n_bytes: float, replaced: tuple[str, ...] = (), adv
                         f"are free; make room, or choose another folder{advice and f'; {advice}'}")
 
 
-def room_for_training(folder: Path, model: torch.nn.Module) -> None:
-    """UserError unless three checkpoints, with AdamW's moments, and two models can be written, as happens in a save."""
+def room_for_training(folder: Path, model: torch.nn.Module, cache: int) -> None:
+    """UserError unless three checkpoints, with AdamW's moments, and two models can be written, as happens in a save,
+    and `cache` bytes of features for the heads."""
     size = sum(parameter.nbytes for parameter in model.parameters())
-    need_space(folder, 11 * size, replaced=("checkpoint*", "model.pt*"))
+    advice = f"or do without the features for the heads, {cache / 2**20:,.0f} MiB: --head-epochs 0" if cache else ""
+    need_space(folder, 11 * size + cache, ("checkpoint*", "model.pt*"), advice)
 
 
 def _write_whole(path: Path, write: Callable[[Any], None], keep: Path | None = None) -> None:

@@ -4,9 +4,10 @@ their gradient need not be there as a whole. 03_model.py uses ShortlistProduct f
 The U clusters that any document of a batch keeps are together a small dense layer (U, F, D). One product for the batch
 gives its logits, those that a document did not ask for included: as soon as shortlists overlap, that is cheaper than to
 gather every document's own weights, (B, K, F, D) numbers. Backward, with dz the gradient of the logits, scattered into
-(B, U, F), one more product gives that of the features, dz W. That of the weights, dz^T x, is as big as the layer. It
-is left as these two factors, Factors, until the optimiser multiplies them chunk by chunk and uses each up at once; only
-when the gradients of several batches are added up is their sum made whole.
+(B, U, F), one more product gives the gradient of the features, dz W. The gradient of the weights is dz^T x. It is as
+big as the layer itself, so it is not built. It is left as its two factors, Factors, until the optimiser multiplies them
+chunk by chunk and uses each chunk up at once; only when the gradients of several batches are added up is their sum made
+whole.
 
 Not here: several devices; momentum, a second number per weight.
 Shapes   B batch, D width, C clusters, F children of each (fan), K kept for a document, U kept for any of a batch
@@ -20,6 +21,7 @@ from torch import Tensor
 
 CHUNK = {"cpu": 2**17, "cuda": 2**25}  # weights that are worked on at a time: on a CPU, what its caches hold
 BOUND = 10.0  # learning rates that a weight moves in a step at most
+SUMMED = 1024  # clusters whose squares are formed at a time
 FLOOR = 1e-3  # of the mean: what is added to the squares of every feature
 
 
@@ -80,7 +82,7 @@ class Gradient:
         with documents comes first, so that the gradient itself is not needed.
         """
         if self.sum_UFD is not None:
-            return self.sum_UFD.square().sum((0, 1))
+            return torch.stack([part.square().sum((0, 1)) for part in self.sum_UFD.split(SUMMED)]).sum(0)
         dz_BR = self.dz_BUF[0].flatten(1)
         x_BD = self.x_BD[0]
         between_BB = dz_BR @ dz_BR.T
@@ -104,7 +106,8 @@ class Gradient:
     def chunks(self, n: int, scale_D: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
         """Yield (clusters (n,), their scaled gradient (n, F, D)), n clusters at a time."""
         if self.sum_UFD is not None:
-            yield from zip(self.clusters_U.split(n), (self.sum_UFD * scale_D).split(n), strict=True)
+            for clusters, part in zip(self.clusters_U.split(n), self.sum_UFD.split(n), strict=True):
+                yield clusters, part * scale_D
             return
         x_BD = self.x_BD[0] * scale_D
         for clusters, dz_BnF in zip(self.clusters_U.split(n), self.dz_BUF[0].split(n, 1), strict=True):
@@ -121,8 +124,8 @@ class ShortlistProduct(torch.autograd.Function):
     two get no .grad but .factors, a list with an item per backward pass, which only RowAdam.step() empties."""
 
     @staticmethod
-    def forward(ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor) -> Tensor:
-        clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not (x_BD.is_cuda and ctx.needs_input_grad[0]))
+    def forward(ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor, learns: bool = True) -> Tensor:
+        clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not (x_BD.is_cuda and learns))
         index_BKF = place_BK[..., None].expand(-1, -1, weight.shape[1])
         ctx.save_for_backward(x_BD, clusters_U, index_BKF)
         ctx.parameters = weight, bias  # themselves, not what autograd saves of them
@@ -138,9 +141,11 @@ class ShortlistProduct(torch.autograd.Function):
             of_bias = dz_BUF.sum(0, keepdim=True), x_BD.new_ones(1, 1)
             for parameter, factors in ((weight, (dz_BUF, x_BD.detach())), (bias, of_bias)):
                 parameter.factors = [*getattr(parameter, "factors", []), Factors(clusters_U, *factors)]
+        if not ctx.needs_input_grad[0]:  # features from a cache: nobody asks for their gradient
+            return None, None, None, None, None
         parts = zip(dz_BUF.split(ctx.n, 1), clusters_U.split(ctx.n), strict=True)
         dx = [dz.flatten(1).to(weight.dtype) @ weight.index_select(0, u).flatten(0, 1) for dz, u in parts]
-        return sum(part_BD.to(x_BD.dtype) for part_BD in dx), None, None, None
+        return sum(part_BD.to(x_BD.dtype) for part_BD in dx), None, None, None, None
 
 
 def round_stochastically(values: Tensor) -> Tensor:
@@ -161,16 +166,20 @@ class RowAdam(torch.optim.Optimizer):
         v <- beta v + (1 - beta) mean_features(h^2)   how large the gradient of each row is; bias-corrected, see below
         w <- w - lr (h / sqrt(v) + decay w)
 
-    Both f and v know the gradient of this very step before any weight moves. So h / sqrt(v) cannot run away when a
-    feature or a row that gave nothing so far wakes up: its mean square over a row is at most 1 / (1 - beta), as Adam's.
+    f and v are updated first, and divide afterwards: the divisor already contains the gradient of this very step. A
+    gradient that is suddenly large makes its own divisor large. So a feature that was always zero, or a row that never
+    had a gradient, may become active without a huge step: the mean square of h / sqrt(v) over a row is at most
+    1 / (1 - beta), as Adam's.
     That leaves a row whose gradient stands in few features: BOUND caps the largest single entry. The cap is computed
-    from the factors, which costs little. It looks at what documents could add up to, and they cancel in part: so it
-    slows about one row in ten down that needed no cap, mostly those that many documents pull at. That does no harm
-    (bench/README.md).
+    from the factors, which costs little. It looks at what documents could add up to, and they cancel in part: so early
+    on, while every document pulls at every row, it slows many rows down by half, as a longer warm-up would. That does
+    good rather than harm (bench/README.md).
 
     A feature may be dead: zero in every document. FLOOR keeps its scale finite and does not blow up rounding noise.
-    A row's v is a mean over the steps in which the row had a gradient; c, the weight of that history, corrects its
-    bias. Rows without any gradient, such as empty slots, stay as they are. bfloat16 is rounded stochastically.
+
+    v starts at 0 and is too small in a row's first steps. c is updated as v is, with 1 in place of the square, so that
+    v / c is a true mean over the steps in which the row had a gradient. Rows without any gradient, such as empty slots,
+    stay as they are. bfloat16 is rounded stochastically.
     """
 
     def __init__(self, groups: list[dict], beta: float = 0.99) -> None:

@@ -89,7 +89,8 @@ def without_rates(path):
 
 @pytest.mark.parametrize(("changes", "stopped_in"), [
     ({}, "all"), ({"label_bf16": True, "accumulate": 3, "amp": "bf16"}, "all"),
-    ({"head_epochs": 2}, "heads"), ({"head_epochs": 2, "accumulate": 3}, "heads"), ({"head_epochs": 1}, "all")])
+    ({"head_epochs": 2}, "heads"), ({"head_epochs": 2, "accumulate": 3}, "heads"), ({"head_epochs": 1}, "all"),
+    ({"head_epochs": 1, "amp": "fp16"}, "all")])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, done, monkeypatch, changes, stopped_in):
     """Stopped in the middle of the second epoch, of the heads alone or of all, with a log line half written."""
     fit = train.fit

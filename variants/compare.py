@@ -70,7 +70,8 @@ def check(run: Path, folder: str, on: str) -> None:
         same["model.pt"] = artifacts.load_pt(run / on / "model.pt")[1]["sha256"]
     settings = [artifacts.load_pt(run / place / "model.pt")[0]["config"] for place in ("", on or folder)]
     if any(meta["made_from"][name] != digest for name, digest in same.items()) or any(
-            one[key] != settings[0][key] for one in settings for key in one if key not in ("topk", "layers")):
+            one[key] != settings[0][key] for one in settings for key in one
+            if key not in ("topk", "layers", "dropout")):
         raise UserError(f"{run / folder} was made from other data, or beside a cascade with other settings or weights, "
                         f"than those in {run}; delete it, and it is made again")
 

@@ -41,7 +41,7 @@ def run(config: Config) -> None:
     content, _ = artifacts.load_pt(Path(config.run) / "model.pt")
     layers = max(int(layer) for layer in content["config"]["layers"].replace("+", ",").split(","))
     topk = content["config"]["topk"].split(",")[-1]
-    train_on_tree(config.run, NAME, lambda levels: levels[-1:], build, topk=topk, layers=last_five(layers))
+    train_on_tree(config.run, NAME, lambda levels: levels[-1:], build, topk=topk, layers=last_five(layers), dropout="")
 
 
 if __name__ == "__main__":

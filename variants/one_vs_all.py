@@ -30,7 +30,7 @@ def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.C
 
 
 def run(config: Config) -> None:
-    train_on_tree(config.run, NAME, lambda levels: [], build, topk="", layers="")
+    train_on_tree(config.run, NAME, lambda levels: [], build, topk="", layers="", dropout="")
 
 
 if __name__ == "__main__":

@@ -54,9 +54,10 @@ class XRTransformer(stages.model.Cascade):
     """A cascade of which one level is trained at a time: `stage`, counted from 0. `earlier`: the encoders of the levels
     above the last, as they were when their stage was over."""
 
-    def __init__(self, encoder: stages.model.Encoder, tree: stages.tree.Tree, topk: list[int]) -> None:
+    def __init__(self, encoder: stages.model.Encoder, tree: stages.tree.Tree, topk: list[int],
+                 dropout: list[float] | None = None) -> None:
         layers = [[encoder.backbone.config.num_hidden_layers]] * (len(topk) + 1)
-        super().__init__(encoder, tree, topk, layers)
+        super().__init__(encoder, tree, topk, layers, dropout=dropout)
         self.stage = len(topk)
         self.earlier = nn.ModuleList(copy.deepcopy(encoder).requires_grad_(False) for _ in topk)
         for head in self.heads:
@@ -160,7 +161,8 @@ def count(node_P: Tensor, doc_P: Tensor, parents_BK: Tensor, fan: int) -> Tensor
 def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, backbone=None) -> XRTransformer:
     """What stages.train.load needs."""
     encoder = stages.model.build(data, tree, replace(config, layers=""), backbone).encoder
-    model = XRTransformer(encoder, tree, artifacts.int_list(config.topk, "--topk"))
+    dropout = stages.model.rates(config.dropout, len(tree.levels) + 1)
+    model = XRTransformer(encoder, tree, artifacts.int_list(config.topk, "--topk"), dropout)
     leaf = model.heads[-1].weight
     leaf.data = leaf.data.bfloat16() if config.label_bf16 else leaf.data
     return model
