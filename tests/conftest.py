@@ -37,6 +37,11 @@ def gradient(parameter):
     return formed(parameter.shape, parameter.factors) if hasattr(parameter, "factors") else parameter.grad
 
 
+def has_exact(run) -> bool:
+    """Whether validation chose a ranking that all labels can be scored by: p(label) is one of the beam alone."""
+    return artifacts.load_pt(Path(run) / "model.pt")[0]["ranking"] != "label"
+
+
 def write_jsonl(path: Path, rows: list[dict]) -> None:
     with gzip.open(path, "wt", encoding="utf-8") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
