@@ -288,6 +288,11 @@ def test_every_label_is_ranked_by_its_own_documents_and_shortlists():
         assert labels[i].tolist() == order + [-1] * (2 - len(order))
         for label, score in zip(labels[i], new[i], strict=True):
             assert score == (pytest.approx(expected[label], rel=1e-4, abs=1e-5) if label >= 0 else -np.inf)
+    labels, new = ranker.reorder(shortlist, scores, slack, 0.0)  # the SVM alone
+    assert ((new == -np.inf) == (labels < 0)).all()
+    for i in range(120):
+        expected = [max(0, 1 - margin[i, label]) ** 3 for label in labels[i] if label >= 0]
+        assert expected == sorted(expected)
 
 
 def test_all_systems_side_by_side(run, capsys, tmp_path):

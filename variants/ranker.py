@@ -3,9 +3,11 @@
     python -m variants.ranker --run runs/demo                       on the cascade
     python -m variants.ranker --run runs/demo/xr_transformer        on XR-Transformer: its published form, made small
     python -m variants.ranker --run runs/demo --features sparse     one of the two parts alone
+    python -m variants.ranker --run runs/demo --power 0             the SVM alone, on the model's shortlist
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt
-Writes   RUN/ranker/    ranker.npz, predictions.npz; with --features, RUN/ranker-sparse or RUN/ranker-dense
+Writes   RUN/ranker/    ranker.npz, predictions.npz; with --features, RUN/ranker-sparse or RUN/ranker-dense; with
+         --power 0, RUN/ranker-power-0
 
 The last step of XR-Transformer, and the "+ sparse ranker" of both papers: words that the encoder never saw, since it
 reads the first --max-len tokens, and rare ones that it could not learn, still count. For each label a linear SVM with
@@ -23,6 +25,7 @@ documents at once, which is quick for tens of thousands of labels.
 Shapes   N documents, n those of one cluster, F its labels, V vocabulary, D width (+ 1), k labels of a shortlist
 """
 
+import argparse
 import os
 import time
 from collections.abc import Callable
@@ -45,10 +48,18 @@ DROP = 1e-3  # weights below it are left out
 POWERS = (1.0, 0.5, 0.25, 0.1)  # of the model's score
 
 
+def share(text: str) -> float:
+    """A flag's number of at least 0."""
+    if not 0 <= float(text) < np.inf:
+        raise argparse.ArgumentTypeError(f"{text} is no number of at least 0")
+    return float(text)
+
+
 @dataclass(frozen=True)
 class Config(common.Config):
     features: str = flag("both", "what the ranker reads: both, sparse (TF-IDF) or dense")
     k: int = flag(100, "labels of a document's shortlist, in training and in prediction", positive)
+    power: float = flag(None, "say of the model's score, a; 0: the SVM alone [chosen on validation]", share)
     c: float = flag(1.0, "weight of the loss against |w|^2 / 2", rate)
 
 
@@ -137,7 +148,7 @@ def slacks(X_NV: csr_matrix, E_ND: np.ndarray, labels_Nk: np.ndarray, W_VL: csr_
 
 def reorder(labels_Nk: np.ndarray, scores_Nk: np.ndarray, slack_Nk: np.ndarray, power: float) -> tuple:
     """(labels, log scores) in the order of power * (the model's log score) - slack; -1 and -inf stay last."""
-    new_Nk = power * scores_Nk - slack_Nk
+    new_Nk = np.where(labels_Nk >= 0, power * np.where(labels_Nk >= 0, scores_Nk, 0) - slack_Nk, -np.inf)
     order = np.argsort(-new_Nk, axis=1, kind="stable")
     return np.take_along_axis(labels_Nk, order, axis=1), np.take_along_axis(new_Nk, order, axis=1)
 
@@ -160,6 +171,8 @@ def run(config: Config) -> None:
     if config.features not in ("both", "sparse", "dense"):
         raise UserError(f"--features {config.features}: expected both, sparse or dense")
     name = "ranker" if config.features == "both" else f"ranker-{config.features}"
+    if config.power is not None:
+        name += f"-power-{config.power:g}"
     out = common.folder(config.run, name, "data.npz", "tree.npz", "model.pt")
     data, tree, (model, settings, ranking) = stages.data.load(out), stages.tree.load(out), load_model(out)
     if not tree.levels:
@@ -173,9 +186,11 @@ def run(config: Config) -> None:
     slack = slacks(X_NV, E_ND, labels, *weights)
     right = {power: sum(stages.train.hits(reorder(labels, scores, slack, power)[0][:, :j], data.splits["val"]).mean()
                         for j in (1, 3, 5)) for power in POWERS}
-    power, seconds = max(right, key=right.get), time.perf_counter() - start
+    power = max(right, key=right.get) if config.power is None else config.power
+    seconds = time.perf_counter() - start
     print(f"shortlists of training documents: {looked - start:.0f} s; {len(data.names):,} rankers: {done - looked:.0f} "
-          f"s; {weights[0].nnz:,} weights of words; p^{power} is best on validation", flush=True)
+          f"s; {weights[0].nnz:,} weights of words; on validation, sum of P@1, P@3 and P@5 for p^a: "
+          + ", ".join(f"a = {a}: {100 * value:.1f}" for a, value in right.items()) + f"; taken: {power:g}", flush=True)
     arrays = {"weights": weights[0].data, "indices": weights[0].indices, "indptr": weights[0].indptr}
     made_from = ("data.npz", "tree.npz", "model.pt")
     artifacts.save_npz(out / "ranker.npz", config, arrays | {"dense": weights[1], "idf": idf_V}, made_from,
