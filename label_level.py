@@ -89,17 +89,22 @@ class Gradient:
         return (x_BD * (between_BB @ x_BD)).sum(0).clamp(min=0)  # rounding may go below nothing
 
     def bound_of_rows(self, scale_D: Tensor) -> Tensor:
-        """(U, F): no entry of a row of the scaled gradient is larger than this.
+        """(U, F): no entry of a row of the scaled gradient is larger than this, the smaller of two bounds.
 
-        |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|.
+        |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|             sharp where few documents pull at a row
+        |sum_b dz_b x_bd| <= |dz| max_d |x_d|, both of length B    sharp where many do (Cauchy and Schwarz)
         """
-        bound_UF = 0
-        for place, dz_BUF, x_BD in zip(self.place_U, self.dz_BUF, self.x_BD, strict=True):
-            largest_B = (x_BD * scale_D).abs().amax(1)
-            part_UF = torch.einsum("buf,b->uf", dz_BUF.abs(), largest_B)
-            if self.sum_UFD is None:
-                return part_UF
-            bound_UF = part_UF.new_zeros(self.sum_UFD.shape[:2]) if isinstance(bound_UF, int) else bound_UF
+        bounds = []
+        for dz_BUF, x_BD in zip(self.dz_BUF, self.x_BD, strict=True):
+            x_BD = x_BD * scale_D
+            by_few = torch.einsum("buf,b->uf", dz_BUF.abs(), x_BD.abs().amax(1))
+            by_many = torch.linalg.vector_norm(dz_BUF, dim=0) * torch.linalg.vector_norm(x_BD, dim=0).max()
+            bounds.append(torch.minimum(by_few, by_many))
+        if self.sum_UFD is None:
+            return bounds[0]
+        # Of several batches: what each could add.
+        bound_UF = bounds[0].new_zeros(self.sum_UFD.shape[:2])
+        for place, part_UF in zip(self.place_U, bounds, strict=True):
             bound_UF.index_add_(0, place, part_UF)
         return bound_UF
 
@@ -171,9 +176,8 @@ class RowAdam(torch.optim.Optimizer):
     had a gradient, may become active without a huge step: the mean square of h / sqrt(v) over a row is at most
     1 / (1 - beta), as Adam's.
     That leaves a row whose gradient stands in few features: BOUND caps the largest single entry. The cap is computed
-    from the factors, which costs little. It looks at what documents could add up to, and they cancel in part: so early
-    on, while every document pulls at every row, it slows many rows down by half, as a longer warm-up would. That does
-    good rather than harm (bench/README.md).
+    from the factors, which costs little. It looks at what documents could add up to, and they cancel in part, so it
+    also slows down one or two rows in a hundred that needed no cap.
 
     A feature may be dead: zero in every document. FLOOR keeps its scale finite and does not blow up rounding noise.
 
