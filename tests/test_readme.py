@@ -97,13 +97,15 @@ def test_a_pretrained_encoder_as_in_the_results(tmp_path):
     transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **shape)).half().save_pretrained(encoder)
     run = tmp_path / "run"
     for command in COMMANDS[3].strip().splitlines():
+        every = "0+1+2+3+4+5+6"  # this tree has one level less
         for word, ours in (("runs/eurlex", str(run)), ("--corpus eurlex57k", f"--corpus {folder}"), ("64,384", "4"),
-                           ("all-MiniLM-L6-v2", str(encoder))):
+                           (f"{every},{every},{every}", f"{every},{every}"), ("all-MiniLM-L6-v2", str(encoder))):
             command = command.replace(word, ours)
         printed = shell(command, ROOT)
     assert "cascade, p(label) p(cluster)" in printed
     model, config, _ = stages.train.load(run, stages.data.load(run))
-    assert config.pooling == "mean" and model.layers == [[4, 5], [6]] and model.encoder.backbone.config.vocab_size > 50
+    assert config.pooling == "mean" and model.layers == [list(range(7))] * 2
+    assert model.heads[-1].weight.shape[2] == 7 * 16 and model.encoder.backbone.config.vocab_size > 50
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
