@@ -5,7 +5,7 @@
     python bench/predict.py --run "" --device cuda --labels 670091     the same, BERT-base and 128 tokens
 
 Passes are run in turn over the same batches. The beam's recall is the share of the exact top 5, of the ranking that
-validation chose, that its own top 5 holds. Denormal numbers: time of the exact pass without flushing them to zero, as
+validation chose or, where that is p(label), of p(label) p(cluster), that its own top 5 holds. Denormal numbers: time of the exact pass without flushing them to zero, as
 artifacts.main() has them flushed, over the time with it, on one thread.
 """
 
@@ -25,7 +25,8 @@ def models(args) -> tuple:
     if args.run:
         data = stages.data.load(args.run)
         model, config, ranking = stages.train.load(args.run, data)
-        return model, data, config.max_len, ranking, args.run
+        # p(label) alone is a ranking of the beam; over all labels it orders otherwise.
+        return model, data, config.max_len, "parent" if ranking == "label" else ranking, args.run
     spread_shortlists()
     levels = stages.tree.choose_levels(args.labels)
     topk = [min(n, k) for n, k in zip(levels, [128, 128, 256, 400][-len(levels):], strict=True)]
