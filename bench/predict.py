@@ -5,8 +5,9 @@
     python bench/predict.py --run "" --device cuda --labels 670091     the same, BERT-base and 128 tokens
 
 Passes are run in turn over the same batches. The beam's recall is the share of the exact top 5, of the ranking that
-validation chose or, where that is p(label), of p(label) p(cluster), that its own top 5 holds. Denormal numbers: time of the exact pass without flushing them to zero, as
-artifacts.main() has them flushed, over the time with it, on one thread.
+validation chose or, where that is p(label), of p(label) p(cluster), that its own top 5 holds. Denormal numbers: time
+of the exact pass without flushing them to zero, as artifacts.main() has them flushed, over the time with it, on one
+thread.
 """
 
 import argparse
