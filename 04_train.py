@@ -354,6 +354,8 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
     log = artifacts.logger(out, config)
     best = state["best"] if state else -1.0
     with artifacts.asked_to_stop() as stop:
+        if not state:
+            set_prior(model, data.splits["train"])
         if heads_left:
             best = train_heads(model, data, config, log, best, state, stop)
             state = None  # used up: the next phase starts fresh
@@ -368,7 +370,6 @@ def train_heads(model: model_stage.Cascade, data: data_stage.Data, config: Confi
         data = encode(model, data, config, stop)
     if not state:
         center(model, data.encoded["train"])
-        set_prior(model, data.splits["train"])
 
     def log_heads(record: dict) -> None:
         log({"phase": "heads"} | record)

@@ -51,7 +51,7 @@ class Factors(NamedTuple):
 
 
 class Gradient:
-    """The gradient of a weight (C, F, D), features scaled, for one step of RowAdam.
+    """The gradient of a weight (C, F, D), for one step of RowAdam.
 
     From one batch it stays two factors, which `chunks` multiplies for a few clusters at a time.
     From several batches (--accumulate) their sum is made whole.
@@ -108,15 +108,13 @@ class Gradient:
             bound_UF.index_add_(0, place, part_UF)
         return bound_UF
 
-    def chunks(self, n: int, scale_D: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (clusters (n,), their scaled gradient (n, F, D)), n clusters at a time."""
+    def chunks(self, n: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Yield (clusters (n,), their gradient (n, F, D)), n clusters at a time."""
         if self.sum_UFD is not None:
-            for clusters, part in zip(self.clusters_U.split(n), self.sum_UFD.split(n), strict=True):
-                yield clusters, part * scale_D
+            yield from zip(self.clusters_U.split(n), self.sum_UFD.split(n), strict=True)
             return
-        x_BD = self.x_BD[0] * scale_D
         for clusters, dz_BnF in zip(self.clusters_U.split(n), self.dz_BUF[0].split(n, 1), strict=True):
-            yield clusters, times(dz_BnF, x_BD)
+            yield clusters, times(dz_BnF, self.x_BD[0])
 
 
 def times(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
@@ -167,17 +165,16 @@ class RowAdam(torch.optim.Optimizer):
     one number per feature, f, and one per row, v. A step is
 
         f <- beta f + (1 - beta) sum_rows(g^2)        how large the gradient of each feature is, in all rows
-        h  = g / sqrt(f / mean(f))                    now all features are about equally large
-        v <- beta v + (1 - beta) mean_features(h^2)   how large the gradient of each row is; bias-corrected, see below
-        w <- w - lr (h / sqrt(v) + decay w)
+        v <- beta v + (1 - beta) mean_features(g^2)   how large the gradient of each row is; bias-corrected, see below
+        w <- w - lr (g / sqrt(v f / mean(f)) + decay w)
 
     f and v are updated first, and divide afterwards: the divisor already contains the gradient of this very step. A
-    gradient that is suddenly large makes its own divisor large. So a feature that was always zero, or a row that never
-    had a gradient, may become active without a huge step: the mean square of h / sqrt(v) over a row is at most
-    1 / (1 - beta), as Adam's.
-    That leaves a row whose gradient stands in few features: BOUND caps the largest single entry. The cap is computed
-    from the factors, which costs little. It looks at what documents could add up to, and they cancel in part, so it
-    also slows down one or two rows in a hundred that needed no cap.
+    gradient that is suddenly large makes its own divisor large, so a feature that was always zero, or a row that never
+    had a gradient, may become active without a huge step. Two factors are not the whole second moment, though: a row
+    whose gradient stands in features that are small everywhere else would still go far. So the step of every row is
+    capped: no weight moves further than BOUND learning rates, by construction. The cap is computed from the factors,
+    which costs little. It looks at what documents could add up to, and they cancel in part, so it also slows down one
+    or two rows in a hundred that needed no cap.
 
     A feature may be dead: zero in every document. FLOOR keeps its scale finite and does not blow up rounding noise.
 
@@ -212,9 +209,9 @@ class RowAdam(torch.optim.Optimizer):
 
         bound_UF = gradient.bound_of_rows(scale_D)
         n = max(1, CHUNK[weight.device.type] // weight[0].numel())
-        for (clusters, h), bound in zip(gradient.chunks(n, scale_D), bound_UF.split(n), strict=True):
+        for (clusters, g), bound in zip(gradient.chunks(n), bound_UF.split(n), strict=True):
             # The row's mean square, of this step too. A row without a gradient keeps its history.
-            square = torch.linalg.vector_norm(h, dim=2, keepdim=True).square() / h.shape[2]
+            square = torch.linalg.vector_norm(g, dim=2, keepdim=True).square() / g.shape[2]
             here = (square > 0).float()
             vc = state["rows"].index_select(0, clusters)
             vc.lerp_(torch.cat([square, here], 2), (1 - self.beta) * here)
@@ -224,7 +221,7 @@ class RowAdam(torch.optim.Optimizer):
             size = torch.maximum(size, bound[..., None] / BOUND) + 1e-12
 
             w = weight.index_select(0, clusters).float()
-            w.view_as(h).mul_(1 - lr * decay * here).addcmul_(h, lr * here / size, value=-1)
+            w.view_as(g).mul_(1 - lr * decay * here).addcmul_(g.mul_(scale_D), lr * here / size, value=-1)
             if weight.dtype == torch.bfloat16:
                 w = round_stochastically(w)
             weight.index_copy_(0, clusters, w)
