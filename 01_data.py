@@ -28,9 +28,12 @@ from scipy.sparse import csr_matrix
 from tokenizers import Regex, Tokenizer, models, normalizers, pre_tokenizers, processors, trainers
 from tqdm import tqdm
 
-import artifacts
-from artifacts import UserError, flag, load_npz, natural, positive, save_npz
 from data import formats
+from plumbing.cli import flag, main, natural, positive, rate
+from plumbing.encoders import pretrained
+from plumbing.errors import UserError
+from plumbing.memory import need_space
+from plumbing.store import check_data, load_npz, save_npz
 
 if TYPE_CHECKING:  # slow to import, and needed only where a corpus is read
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +50,7 @@ class Config:
     corpus: str = flag("data/debian", "folder with the documents and labels")
     encoder: str = flag("tiny", "hub name or local folder of a transformer, or 'tiny': a small one from scratch")
     limit: int = flag(0, "keep at most this many training documents, drawn with --seed (0: all)", natural)
-    val: float = flag(0.1, "share of the training documents for validation, without such a split", artifacts.rate)
+    val: float = flag(0.1, "share of the training documents for validation, without such a split", rate)
     text_limit: int = flag(0, "read at most this many characters of a document (0: all)", natural)
     separator: str = flag(";", "what stands between labels in a CSV column")
     max_tokens: int = flag(512, "keep at most this many tokens of a document", positive)
@@ -249,7 +252,7 @@ def encode(documents: Iterable[tuple[str, list[int]]], tokenizer: "PreTrainedTok
 
 def run(config: Config) -> None:
     corpus, out, drops = formats.open_corpus(Path(config.corpus), config.separator), Path(config.run), Counter()
-    artifacts.need_space(out, 3 * sum(path.stat().st_size for path in corpus.files))
+    need_space(out, 3 * sum(path.stat().st_size for path in corpus.files))
     labels = corpus.labels
     if labels is None:
         found = {label for read in corpus.documents.values() for document in read() for label in document.labels}
@@ -279,7 +282,7 @@ def run(config: Config) -> None:
     if config.encoder == "tiny":
         tokenizer = train_tokenizer(lambda: (text for text, _ in documents("train", Counter())), config.vocab)
     else:
-        tokenizer = artifacts.pretrained("AutoTokenizer", config.encoder)
+        tokenizer = pretrained("AutoTokenizer", config.encoder)
     if not tokenizer.is_fast:
         raise UserError(f"--encoder {config.encoder}: its tokeniser has no fast version; use another encoder")
     tokenizer.model_max_length = int(1e9)  # no warning: cutting is done, and counted, here
@@ -358,7 +361,7 @@ def describe_unknown(splits: dict[str, Split], unknown: int | None, encoder: str
 def load(folder: str | Path) -> Data:
     """RUN/data.npz as stage 1 wrote it."""
     arrays, meta = load_npz(Path(folder) / "data.npz")
-    artifacts.check_data(Path(folder) / "data.npz", arrays, meta)
+    check_data(Path(folder) / "data.npz", arrays, meta)
     splits = {name: Split(*(arrays[f"{name}_{key}"] for key in Split._fields)) for name in SPLITS}
     text, ends = arrays["names"].tobytes(), arrays["names_offsets"]
     names = [text[a:b].decode() for a, b in pairwise(ends)]
@@ -369,4 +372,4 @@ def load(folder: str | Path) -> Data:
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

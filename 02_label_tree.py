@@ -32,7 +32,10 @@ from scipy.sparse import csr_matrix, diags_array, vstack
 from torch import Tensor
 from tqdm import tqdm
 
-from artifacts import UserError, flag, int_list, load_npz, main, natural, need_space, positive, save_npz
+from plumbing.cli import flag, int_list, main, natural, positive
+from plumbing.errors import UserError
+from plumbing.memory import need_space
+from plumbing.store import load_npz, save_npz
 
 data_stage = import_module("01_data")
 

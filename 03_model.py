@@ -32,9 +32,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-import artifacts
-from artifacts import UserError, flag, int_list, natural, positive
-from label_level import ShortlistProduct, product
+from plumbing.cli import flag, int_list, main, natural, positive, settle
+from plumbing.encoders import positions, pretrained_encoder, tiny_bert, without_waiting
+from plumbing.errors import UserError
+from plumbing.label_level import ShortlistProduct, product
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -119,12 +120,12 @@ class Encoder(nn.Module):
 
     def __init__(self, backbone: nn.Module, pooling: str, max_len: int, from_scratch: bool = False) -> None:
         super().__init__()
-        self.backbone, self.pooling, self.from_scratch = artifacts.without_waiting(backbone), pooling, from_scratch
+        self.backbone, self.pooling, self.from_scratch = without_waiting(backbone), pooling, from_scratch
         if pooling not in ("first", "mean"):
             raise UserError(f"--pooling {pooling}: expected 'first' or 'mean'")
         backbone.pooler = None  # BERT's extra layer on the last hidden state, which nothing here reads
-        if max_len > artifacts.positions(backbone):
-            raise UserError(f"--max-len {max_len} > {artifacts.positions(backbone)} positions of the encoder; lower it")
+        if max_len > positions(backbone):
+            raise UserError(f"--max-len {max_len} > {positions(backbone)} positions of the encoder; lower it")
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, layers: set[int]) -> dict[int, Tensor]:
         """{layer: pooled feature (B, D)} of the hidden states asked for; 0 is the embeddings."""
@@ -275,8 +276,8 @@ def build(data: data_stage.Data, tree: tree_stage.Tree, config: Config, backbone
     torch.manual_seed(config.seed)
     from_scratch = data.meta["encoder"] == "tiny"
     if backbone is None:
-        backbone = (artifacts.tiny_bert(*int_list(config.tiny, "--tiny", 2), data.meta) if from_scratch
-                    else artifacts.pretrained_encoder(data.meta))
+        backbone = (tiny_bert(*int_list(config.tiny, "--tiny", 2), data.meta) if from_scratch
+                    else pretrained_encoder(data.meta))
     # In float32 whatever the checkpoint's type: mixed precision is for the computation, not for the weights.
     encoder = Encoder(backbone.float(), config.pooling, config.max_len, from_scratch)
     topk = int_list(config.topk, "--topk") if config.topk else [min(n, 192 << t) for t, n in enumerate(tree.levels)]
@@ -290,7 +291,7 @@ def build(data: data_stage.Data, tree: tree_stage.Tree, config: Config, backbone
 
 def run(config: Config) -> None:
     data, tree = data_stage.load(config.run), tree_stage.load(config.run)
-    config = artifacts.settle(config, RECIPES, data.meta["encoder"])
+    config = settle(config, RECIPES, data.meta["encoder"])
     model = build(data, tree, config).eval()
     batch = data.batch("train", np.arange(4), config.max_len)
     for name, part in (("encoder", model.encoder), ("heads", model.heads)):
@@ -307,4 +308,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

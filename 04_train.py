@@ -29,9 +29,18 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-import artifacts
-from artifacts import UserError, flag, load_pt, natural, positive, rate, save_pt, settings
-from label_level import RowAdam
+from plumbing.checkpoints import get_state, go_on, save_checkpoint, set_state, start_over
+from plumbing.cli import flag, main, natural, positive, rate, settings, settle
+from plumbing.encoders import bare_encoder, set_weights
+from plumbing.errors import UserError
+from plumbing.label_level import RowAdam
+from plumbing.loss_watch import LossWatch
+from plumbing.memory import memory_advice, room_for_training
+from plumbing.precision import choose_amp
+from plumbing.prediction import over_split
+from plumbing.stopping import asked_to_stop
+from plumbing.store import load_pt, save_pt
+from plumbing.training_log import logger
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
@@ -114,7 +123,7 @@ def predict_rankings(model: model_stage.Cascade, batch: data_stage.Batch, k: int
 
 def validate(model: model_stage.Cascade, data: data_stage.Data, config: Config) -> dict:
     """{"P": {ranking: [P@1, P@3, P@5]}, "recall": shortlist recall per level}, in percent, on the validation split."""
-    found = artifacts.over_split(model, data, "val", config.max_len, 2 * config.batch_size,
+    found = over_split(model, data, "val", config.max_len, 2 * config.batch_size,
                                  lambda batch, k: predict_rankings(model, batch, k), 5)
     split = data.splits["val"]
     labelled = max(1, int(np.count_nonzero(np.diff(split.label_offsets))))
@@ -149,9 +158,9 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
     per_epoch = -(-len(batches) // config.accumulate)
     total = per_epoch * config.epochs
     warmup, interval = min(per_epoch, total // 10), max(1, total // INTERVALS)
-    watch = artifacts.LossWatch(model)
+    watch = LossWatch(model)
     parts = {"model": model, "scaler": scaler, "optimizers": optimizers, "watch": watch}
-    at = artifacts.set_state(parts, state) if state else {"epoch": 0, "batch": 0, "step": 0, "sums": 0.0, "seen": 0}
+    at = set_state(parts, state) if state else {"epoch": 0, "batch": 0, "step": 0, "sums": 0.0, "seen": 0}
     step, first, sums, seen = at["step"], at["batch"], torch.as_tensor(at["sums"], device=device), at["seen"]
 
     every_group = [group for optimizer in optimizers for group in optimizer.param_groups]
@@ -192,7 +201,7 @@ def fit(model: torch.nn.Module, batches: Batches, config: Config, log: Callable[
             if last or stop() or config.save_every and step % config.save_every == 0:
                 watch.check()
                 at = {"epoch": epoch + last, "batch": 0 if last else i + 1, "step": step, "sums": sums, "seen": seen}
-                save(artifacts.get_state(parts) | at)
+                save(get_state(parts) | at)
                 if stop():
                     raise KeyboardInterrupt(f"; a checkpoint was saved after step {steps_before + step}; go on with "
                                             "--resume")
@@ -278,9 +287,9 @@ def load(folder: str | Path, data: data_stage.Data, build: Callable = model_stag
     """(model, its settings, the ranking chosen on validation) from RUN/model.pt; needs no hub."""
     content, meta = load_pt(Path(folder) / "model.pt")
     config = Config(run=str(folder), **content["config"])
-    encoder = artifacts.bare_encoder(content["encoder"], content["model"])
+    encoder = bare_encoder(content["encoder"], content["model"])
     model = build(data, tree_stage.load(folder), config, encoder)
-    artifacts.set_weights(model, content["model"], Path(folder) / "model.pt", meta["stage"])
+    set_weights(model, content["model"], Path(folder) / "model.pt", meta["stage"])
     model.amp = config.amp
     return model, config, content["ranking"]
 
@@ -288,8 +297,8 @@ def load(folder: str | Path, data: data_stage.Data, build: Callable = model_stag
 def run(config: Config, build: Callable = model_stage.build) -> None:
     data, tree = data_stage.load(config.run), tree_stage.load(config.run)
     for recipes in (model_stage.RECIPES, RECIPES):
-        config = artifacts.settle(config, recipes, data.meta["encoder"])
-    with artifacts.memory_advice(config, len(data.names)):
+        config = settle(config, recipes, data.meta["encoder"])
+    with memory_advice(config, len(data.names)):
         train(config, data, tree, build)
 
 
@@ -311,7 +320,7 @@ class Keeper:
         epochs = self.config.head_epochs if self.phase == "heads" else self.config.epochs
         finished = (self.phase == "all" or heads_are_all) and state["epoch"] == epochs
         where = {"best": self.best, "phase": self.phase, "steps_before": self.steps_before, "finished": finished}
-        artifacts.save_checkpoint(self.out, self.config, {"config": settings(self.config)} | state | where)
+        save_checkpoint(self.out, self.config, {"config": settings(self.config)} | state | where)
 
     def validate(self, state: dict) -> None:
         """Validate, and keep the model if it is the best so far; where no validation document has a label, the last."""
@@ -335,25 +344,25 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
     model = build(data, tree, config).to(device)
     config = replace(config, topk=",".join(map(str, model.topk)),
                      layers=",".join("+".join(map(str, group)) for group in model.layers))
-    state, config = artifacts.go_on(out, config) if config.resume else (None, config)
+    state, config = go_on(out, config) if config.resume else (None, config)
     if state:
-        artifacts.set_weights(model, state["model"], out / "checkpoint.pt", "04_train.py")
+        set_weights(model, state["model"], out / "checkpoint.pt", "04_train.py")
     heads_left = config.head_epochs and (not state or state["phase"] == "heads")
-    artifacts.room_for_training(out, model, cache_size(model, data) if heads_left else 0)
+    room_for_training(out, model, cache_size(model, data) if heads_left else 0)
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
-    config = replace(config, amp=artifacts.choose_amp(config.amp, model, next(batches(0)).to(device)))
+    config = replace(config, amp=choose_amp(config.amp, model, next(batches(0)).to(device)))
     if config.compile:
         model.encoder.compile(dynamic=True)
     if not config.resume:
-        artifacts.start_over(out)
+        start_over(out)
     if not len(data.splits["val"].labels):
         print("no validation document has a label: the last epoch is kept")
     torch.manual_seed(config.seed)
     print("settings: " + ", ".join(f"{key}={value}" for key, value in settings(config).items()), flush=True)
 
-    log = artifacts.logger(out, config)
+    log = logger(out, config)
     best = state["best"] if state else -1.0
-    with artifacts.asked_to_stop() as stop:
+    with asked_to_stop() as stop:
         if not state:
             set_prior(model, data.splits["train"])
         if heads_left:
@@ -395,4 +404,4 @@ def train_all(model: model_stage.Cascade, data: data_stage.Data, config: Config,
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

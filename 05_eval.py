@@ -30,21 +30,12 @@ from scipy.sparse import csr_matrix
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
-from artifacts import (
-    UserError,
-    flag,
-    labels_without_known,
-    main,
-    memory_advice,
-    most_known,
-    natural,
-    need_space,
-    over_split,
-    pair,
-    positive,
-    save_npz,
-)
-from label_level import product
+from plumbing.cli import flag, main, natural, pair, positive
+from plumbing.errors import UserError
+from plumbing.label_level import product
+from plumbing.memory import memory_advice, need_space
+from plumbing.prediction import labels_without_known, most_known, over_split
+from plumbing.store import save_npz
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")

@@ -13,9 +13,9 @@ import torch
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
-import artifacts  # noqa: E402
+from plumbing.stages import load_stages  # noqa: E402
 
-stages = artifacts.stages()
+stages = load_stages()
 
 shortlist = stages.model.shortlist
 

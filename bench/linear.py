@@ -48,9 +48,11 @@ import numpy as np
 from common import machine, stages
 from scipy.sparse import csr_matrix, diags_array, hstack
 
-import artifacts
-from artifacts import UserError, flag, natural, positive
 from data import formats
+from plumbing.cli import flag, main, natural, positive, settings
+from plumbing.errors import UserError
+from plumbing.prediction import most_known, without_known
+from plumbing.store import save_npz
 from variants import common as variants
 
 SPLITS = ("train", "val", "test")
@@ -445,10 +447,10 @@ def folder_name(config: Config) -> str:
 def ranking(predict: Predict, X_NV: csr_matrix, known: csr_matrix | None, k: int
             ) -> tuple[np.ndarray, np.ndarray]:
     """(labels (N, k), scores (N, k)) without the labels known beforehand: the next ones move up."""
-    more = artifacts.most_known(known)
+    more = most_known(known)
     labels_NK, scores_NK = predict(X_NV, k + more)
     if more:
-        labels_NK, scores_NK = artifacts.without_known(labels_NK, scores_NK, known, k)
+        labels_NK, scores_NK = without_known(labels_NK, scores_NK, known, k)
     # Where a corpus has fewer labels than k, the places left over are empty.
     room = ((0, 0), (0, max(0, k - labels_NK.shape[1])))
     labels_Nk = np.pad(labels_NK[:, :k], room, constant_values=-1)
@@ -462,10 +464,10 @@ def save(out: Path, split: str, config: Config, labels_Nk: np.ndarray, scores_Nk
     file = "predictions.npz" if split == "test" else f"predictions.{split}.npz"
     written = stages.eval.Config(run=str(out), split=split, k=config.k)
     arrays = {"labels": labels_Nk.astype(np.int32), "scores": scores_Nk.astype(np.float32)}
-    artifacts.save_npz(out / file, written, arrays, made_from=("data.npz",),
+    save_npz(out / file, written, arrays, made_from=("data.npz",),
                        stage="bench/linear.py", ranking=config.system,
-                       linear=artifacts.settings(config), seconds=seconds)
+                       linear=settings(config), seconds=seconds)
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

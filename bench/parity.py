@@ -19,7 +19,9 @@ from pathlib import Path
 import numpy as np
 from common import Report, stages
 
-from artifacts import over_split, parse, set_up_torch
+from plumbing.cli import parse
+from plumbing.precision import set_up_torch
+from plumbing.prediction import over_split
 
 METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")
 

@@ -6,7 +6,7 @@
 
 Passes are run in turn over the same batches. The beam's recall is the share of the exact top 5, of the ranking that
 validation chose or, where that is p(label), of p(label) p(cluster), that its own top 5 holds. Denormal numbers: time
-of the exact pass without flushing them to zero, as artifacts.main() has them flushed, over the time with it, on one
+of the exact pass without flushing them to zero, as every stage has them flushed, over the time with it, on one
 thread.
 """
 
@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from common import Report, random_data, random_documents, random_model, spread_shortlists, stages
 
-from artifacts import in_turn, set_up_torch
+from plumbing.precision import in_turn, set_up_torch
 
 SHAPE = {"cpu": {"depth": 2, "width": 64}, "cuda": {"depth": 12, "width": 768}}
 

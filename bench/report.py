@@ -17,7 +17,7 @@ from pathlib import Path
 import numpy as np
 from common import ROOT, Report, peak_bytes, random_documents, stages
 
-import artifacts
+from plumbing.store import save_npz
 from tools import report
 
 
@@ -48,10 +48,10 @@ def write_run(folder: Path, documents: int, n_labels: int, k: int) -> None:
     names = [str(i).encode() for i in range(n_labels)]
     arrays |= {"names": np.frombuffer(b"".join(names), np.uint8), "tokenizer": np.zeros(1000, np.uint8),
                "names_offsets": np.cumsum([0] + [len(name) for name in names])}
-    artifacts.save_npz(folder / "data.npz", stages.data.Config(), arrays, vocab_size=1000)
+    save_npz(folder / "data.npz", stages.data.Config(), arrays, vocab_size=1000)
     stages.data.load(folder)  # which predictions are made from
     for name, file in (("test", "predictions.npz"), ("val", "predictions.val.npz")):
-        artifacts.save_npz(folder / file, stages.eval.Config(split=name), predictions(splits[name], n_labels, k),
+        save_npz(folder / file, stages.eval.Config(split=name), predictions(splits[name], n_labels, k),
                            ("data.npz",))
 
 

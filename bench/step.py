@@ -19,8 +19,8 @@ import torch
 from common import Report, peak_bytes, random_data, random_model, spread_shortlists, stages
 from torch.nn.utils.rnn import pad_sequence
 
-from artifacts import in_turn, set_up_torch
-from label_level import RowAdam
+from plumbing.label_level import RowAdam
+from plumbing.precision import in_turn, set_up_torch
 
 # labels: (clusters per level, clusters kept per level); the biggest with cluster levels as published for Amazon-3M
 SIZES = {

@@ -38,9 +38,10 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, Python looks in data/ alone
 
-from artifacts import UserError, natural, positive  # noqa: E402
 from data import formats  # noqa: E402
 from data.build_debian import write  # noqa: E402
+from plumbing.cli import natural, positive  # noqa: E402
+from plumbing.errors import UserError  # noqa: E402
 
 SPLITS = ("train", "val", "test")
 LF_NAMES = {"train": "trn", "val": "val", "test": "tst"}

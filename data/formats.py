@@ -28,7 +28,7 @@ from typing import NamedTuple
 import numpy as np
 from scipy.sparse import csr_matrix, load_npz
 
-from artifacts import UserError
+from plumbing.errors import UserError
 
 LONGEST = 2**28  # bytes of a line: more than that is no document
 SPLITS = {"train": ("train", "trn"), "val": ("val", "dev", "valid"), "test": ("test", "tst")}

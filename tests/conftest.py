@@ -10,14 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-import artifacts
+from plumbing.stages import load_stages
+from plumbing.store import load_pt
 
 ROOT = Path(__file__).parent.parent
 # Small models on small batches: threads would only wait for each other.
 torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
-stages = artifacts.stages()
+stages = load_stages()
 
 
 def sha256(path: Path) -> str:
@@ -39,7 +40,7 @@ def gradient(parameter):
 
 def has_exact(run) -> bool:
     """Whether validation chose a ranking that all labels can be scored by: p(label) is one of the beam alone."""
-    return artifacts.load_pt(Path(run) / "model.pt")[0]["ranking"] != "label"
+    return load_pt(Path(run) / "model.pt")[0]["ranking"] != "label"
 
 
 def write_jsonl(path: Path, rows: list[dict]) -> None:

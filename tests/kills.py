@@ -23,7 +23,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent)]
 
 from conftest import SMALL, make_corpus, stages  # noqa: E402
 
-import artifacts  # noqa: E402
+from plumbing.store import load_npz, load_pt  # noqa: E402
 
 ARTIFACTS = ("data.npz", "tree.npz", "model.pt", "checkpoint.pt", "checkpoint.previous.pt", "predictions.npz")
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
@@ -90,7 +90,7 @@ def killed(pid: int, seconds: float | None) -> bool:
 
 def digests(folder: Path) -> dict[str, str]:
     """{artifact: sha256 of what it holds}; every artifact that is there can be loaded and belongs with the others."""
-    loads = {name: artifacts.load_npz if name.endswith("npz") else artifacts.load_pt for name in ARTIFACTS}
+    loads = {name: load_npz if name.endswith("npz") else load_pt for name in ARTIFACTS}
     return {name: load(folder / name)[1]["sha256"] for name, load in loads.items() if (folder / name).exists()}
 
 

@@ -15,9 +15,10 @@ import pytest
 import torch
 from conftest import SMALL, make_corpus, stages, write_jsonl
 
-import artifacts
-from artifacts import UserError
 from data import formats
+from plumbing.encoders import bare_encoder
+from plumbing.errors import UserError
+from plumbing.store import FORMAT, _digest, load_npz, load_pt
 
 
 class Attack:
@@ -70,7 +71,7 @@ def test_a_pickle_in_a_pt_is_not_executed(tmp_path, zipped):
     for name in ("model.pt", "checkpoint.pt"):
         torch.save(content, tmp_path / name) if zipped else (tmp_path / name).write_bytes(pickle.dumps(content))
         with pytest.raises(UserError, match=f"{name} cannot be read"):
-            artifacts.load_pt(tmp_path / name)
+            load_pt(tmp_path / name)
     assert not (tmp_path / "executed").exists()
 
 
@@ -89,7 +90,7 @@ def test_what_a_small_npz_claims_is_not_allocated(tmp_path, members):
     npz(tmp_path / "data.npz", **members(), meta=saved(np.array("{}")))
     before = peak()
     with pytest.raises(UserError, match="data.npz cannot be read"):
-        artifacts.load_npz(tmp_path / "data.npz")
+        load_npz(tmp_path / "data.npz")
     assert peak() - before < 2**28
 
 
@@ -100,7 +101,7 @@ def test_compressed_and_overlapping_members_are_refused(tmp_path):
         assert (tmp_path / name).stat().st_size < 2**20
         before = peak()
         with pytest.raises(UserError, match=f"{name} cannot be read .it claims to hold more than the file does"):
-            (artifacts.load_npz if name == "data.npz" else artifacts.load_pt)(tmp_path / name)
+            (load_npz if name == "data.npz" else load_pt)(tmp_path / name)
         assert peak() - before < 2**27
     # Many entries of the directory that all lead to the same bytes.
     with zipfile.ZipFile(tmp_path / "data.npz", "w") as archive:
@@ -108,7 +109,7 @@ def test_compressed_and_overlapping_members_are_refused(tmp_path):
         archive.infolist().extend(archive.infolist() * 500)
         archive.filelist *= 500
     with pytest.raises(UserError, match="it claims to hold more than the file does"):
-        artifacts.load_npz(tmp_path / "data.npz")
+        load_npz(tmp_path / "data.npz")
 
 
 def nested(depth: int, width: int):
@@ -138,11 +139,11 @@ TENSORS = {
 
 @pytest.mark.parametrize("make", TENSORS.values(), ids=TENSORS)
 def test_what_a_small_pt_claims_is_not_allocated(tmp_path, make):
-    record = json.dumps({"format": artifacts.FORMAT, "made_from": {}, "sha256": ""})
+    record = json.dumps({"format": FORMAT, "made_from": {}, "sha256": ""})
     torch.save({"meta": record, "model": make()}, tmp_path / "model.pt")
     before = peak()
     with pytest.raises(UserError, match="model.pt"):
-        artifacts.load_pt(tmp_path / "model.pt")
+        load_pt(tmp_path / "model.pt")
     assert peak() - before < 2**28
 
 
@@ -158,7 +159,7 @@ def test_a_storage_that_claims_more_than_its_record_holds(tmp_path):
             forged.writestr(member.filename, content)
     before = peak()
     with pytest.raises(UserError, match="model.pt"):
-        artifacts.load_pt(tmp_path / "model.pt")
+        load_pt(tmp_path / "model.pt")
     assert peak() - before < 2**28
 
 
@@ -167,7 +168,7 @@ def test_a_storage_that_claims_more_than_its_record_holds(tmp_path):
 def test_records_that_are_none(tmp_path, record):
     npz(tmp_path / "data.npz", meta=saved(np.array(record)), ids=saved(np.zeros(3)))
     torch.save({"meta": record}, tmp_path / "model.pt")
-    for load, name in ((artifacts.load_npz, "data.npz"), (artifacts.load_pt, "model.pt")):
+    for load, name in ((load_npz, "data.npz"), (load_pt, "model.pt")):
         with pytest.raises(UserError, match=f"{name} (carries no record|has format)"):
             load(tmp_path / name)
 
@@ -176,20 +177,20 @@ def test_a_neighbour_is_not_unpacked_to_read_its_record(tmp_path):
     """What a model was made from is looked up in tree.npz, which may be a bomb itself."""
     with zipfile.ZipFile(tmp_path / "tree.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("meta.npy", header((2**28,), "<U1") + bytes(2**30))
-    meta = {"format": artifacts.FORMAT, "made_from": {"tree.npz": "0" * 64}}
-    torch.save({"meta": json.dumps(meta | {"sha256": artifacts._digest(meta, {})})}, tmp_path / "model.pt")
+    meta = {"format": FORMAT, "made_from": {"tree.npz": "0" * 64}}
+    torch.save({"meta": json.dumps(meta | {"sha256": _digest(meta, {})})}, tmp_path / "model.pt")
     before = peak()
     with pytest.raises(UserError, match="tree.npz with sha256 0+, found something unreadable; run: python 04_train.py"):
-        artifacts.load_pt(tmp_path / "model.pt")
+        load_pt(tmp_path / "model.pt")
     assert peak() - before < 2**27
 
 
 def forge(path: Path, change) -> None:
     """Change the arrays of an artifact, and put a right checksum beside them."""
-    arrays, meta = artifacts.load_npz(path)
+    arrays, meta = load_npz(path)
     change(arrays, meta)
     del meta["sha256"]
-    np.savez(path, meta=np.array(json.dumps(meta | {"sha256": artifacts._digest(meta, arrays)})), **arrays)
+    np.savez(path, meta=np.array(json.dumps(meta | {"sha256": _digest(meta, arrays)})), **arrays)
 
 
 FORGED = {
@@ -217,12 +218,12 @@ def test_arrays_that_do_not_fit_together_are_refused(prepared, file, change, sai
 def test_a_record_cannot_name_files_elsewhere(tmp_path):
     (tmp_path / "run").mkdir()
     for source in ("../secret", "/etc/passwd", "run"):
-        meta = {"format": artifacts.FORMAT, "made_from": {source: "0" * 64}}
+        meta = {"format": FORMAT, "made_from": {source: "0" * 64}}
         content = {"ids": np.zeros(3)}
-        record = json.dumps(meta | {"sha256": artifacts._digest(meta, content)})
+        record = json.dumps(meta | {"sha256": _digest(meta, content)})
         np.savez(tmp_path / "run" / "data.npz", meta=np.array(record), **content)
         with pytest.raises(UserError, match="found no artifact"):
-            artifacts.load_npz(tmp_path / "run" / "data.npz")
+            load_npz(tmp_path / "run" / "data.npz")
 
 
 def test_a_link_laid_for_the_temporary_file_is_not_followed(tmp_path, prepared):
@@ -254,23 +255,23 @@ def test_names_in_a_corpus_stay_names(tmp_path):
 
 
 def test_an_encoder_in_a_model_cannot_fetch_code_or_take_all_memory(done):
-    content, _ = artifacts.load_pt(done / "model.pt")
+    content, _ = load_pt(done / "model.pt")
     honest, weights = content["encoder"], content["model"]
     evil = {"auto_map": {"AutoModel": "evil--repo.Model"}, "_attn_implementation": "evil/kernel",
             "attn_implementation": "evil/kernel", "_attn_implementation_internal": "evil/kernel"}
-    encoder = artifacts.bare_encoder(honest | evil, weights)
+    encoder = bare_encoder(honest | evil, weights)
     assert type(encoder).__module__.startswith("transformers.models.bert")
     assert "evil" not in str(encoder.config.to_dict()) and "evil" not in str(encoder.config._attn_implementation)
     before = peak()
     for changes in ({"num_hidden_layers": 10**9}, {"num_hidden_layers": "many"}, {"intermediate_size": 2**40},
                     {"hidden_size": 2**20, "num_attention_heads": 1}, {"vocab_size": 10**11}, {"model_type": "evil"}):
         with pytest.raises(UserError, match="its encoder's configuration does not fit its weights"):
-            artifacts.bare_encoder(honest | changes, weights)
+            bare_encoder(honest | changes, weights)
     distil = {"model_type": "distilbert", "n_layers": 10**6, "dim": 8, "hidden_dim": 8, "n_heads": 1}
     deberta = {"model_type": "deberta", "position_biased_input": False, "max_position_embeddings": 2**28}
     for config in (distil, deberta):
         with pytest.raises(UserError, match="its encoder's configuration does not fit its weights"):
-            artifacts.bare_encoder(config, weights)
+            bare_encoder(config, weights)
     assert peak() - before < 2**28
 
 

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 from conftest import ROOT, SMALL, has_exact, make_corpus, stages, write_jsonl
 
-import artifacts
-from artifacts import UserError
 from data import formats
+from plumbing.cli import main
+from plumbing.errors import UserError
+from plumbing.store import load_npz
 
 GOOD = [{"text": f"word{i} word{i % 3}", "labels": [f"label-{i % 5}"]} for i in range(12)]
 LABELS = [{"name": f"label-{i}", "text": f"what {i} means"} for i in range(5)]
@@ -167,7 +168,7 @@ def test_extreme_corpora_go_through_all_stages(tmp_path, files):
     stages.tree.run(stages.tree.Config(run=run))
     stages.train.run(stages.train.Config(run=run, **SMALL | {"topk": None, "tiny": "1,16", "epochs": 1}))
     stages.eval.run(stages.eval.Config(run=run, show=2, exact=has_exact(run)))
-    found, _ = artifacts.load_npz(tmp_path / "run" / "predictions.npz")
+    found, _ = load_npz(tmp_path / "run" / "predictions.npz")
     n_labels = len(files.get("labels", LABELS))
     assert ((found["labels"] >= 0).sum(axis=1) == n_labels).all() and np.isfinite(found["scores"]).all()
 
@@ -224,7 +225,7 @@ def test_flags_that_make_no_sense(monkeypatch, capsys, prepared, done, stage, fl
     before = {path.name: path.read_bytes() for path in prepared.iterdir()}
     monkeypatch.setattr("sys.argv", [f"{stage}.py", "--run", str(prepared), *flags])
     with pytest.raises(SystemExit) as stopped:
-        artifacts.main(module.run, module.Config, module.__doc__)
+        main(module.run, module.Config, module.__doc__)
     assert stopped.value.code == 2 and said in capsys.readouterr().err
     assert {path.name: path.read_bytes() for path in prepared.iterdir()} == before
 

@@ -1,5 +1,6 @@
 """tools/compare.py: metrics against stage 5, the bootstrap against a loop and the closed form, ensembles by hand."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -9,8 +10,8 @@ import numpy as np
 import pytest
 from conftest import ROOT, make_corpus, stages
 
-import artifacts
-from artifacts import UserError
+from plumbing.errors import UserError
+from plumbing.store import load_npz, save_npz
 from tools import compare
 
 
@@ -29,7 +30,7 @@ def runs(tmp_path_factory, done) -> list[Path]:
             mixed = np.union1d(true[rng.random(len(true)) < 0.6], rng.choice(n_labels, 5 + i, replace=False))
             labels[j, : len(mixed)] = rng.permutation(mixed)
         scores[labels < 0] = 0
-        artifacts.save_npz(folder / "predictions.npz", stages.eval.Config(), {"labels": labels, "scores": scores},
+        save_npz(folder / "predictions.npz", stages.eval.Config(), {"labels": labels, "scores": scores},
                            ("data.npz",))
         folders.append(folder)
     return folders
@@ -47,7 +48,7 @@ def table(printed: str) -> dict[str, list[float]]:
 
 def columns_of_stage_5(folder: Path) -> list[float]:
     """The metrics as 05_eval.py computes them."""
-    data, (arrays, _) = stages.data.load(folder), artifacts.load_npz(folder / "predictions.npz")
+    data, (arrays, _) = stages.data.load(folder), load_npz(folder / "predictions.npz")
     train = data.splits["train"]
     weight = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
     found = stages.eval.metrics(arrays["labels"], data.splits["test"], weight)
@@ -97,7 +98,7 @@ def test_bootstrap_equals_a_plain_loop_over_resamples(runs, monkeypatch):
     data = stages.data.load(runs[0])
     split, train = data.splits["test"], data.splits["train"]
     weight = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
-    labels = [artifacts.load_npz(folder / "predictions.npz")[0]["labels"] for folder in runs[:2]]
+    labels = [load_npz(folder / "predictions.npz")[0]["labels"] for folder in runs[:2]]
     added = [compare.contributions(one, split, weight) for one in labels]
     monkeypatch.setattr(compare, "CELLS", 59 * 64)  # several products of 64 resamples
     found = compare.bootstrap(np.column_stack([(added[1] - added[0])[:, :-1], added[0][:, -1]]), 0, 2000)
@@ -192,8 +193,8 @@ def test_an_ensemble_is_a_run_folder_by_itself(runs, tmp_path, capsys):
     compare.run(command("--ensemble", *runs, "--out", out))
     rows = table(capsys.readouterr().out)
     assert list(rows) == [*map(str, runs), f"ensemble, {out}"]
-    arrays, meta = artifacts.load_npz(out / "predictions.npz")
-    members = [artifacts.load_npz(folder / "predictions.npz") for folder in runs]
+    arrays, meta = load_npz(out / "predictions.npz")
+    members = [load_npz(folder / "predictions.npz") for folder in runs]
     labels, scores = by_hand([content for content, _ in members], 12)
     assert arrays["labels"].tolist() == labels
     np.testing.assert_allclose(arrays["scores"], scores, rtol=1e-6)
@@ -211,7 +212,7 @@ def test_without_links_the_data_is_copied(runs, tmp_path, monkeypatch):
     def link(*args):
         raise OSError("no links here")
 
-    monkeypatch.setattr(artifacts.os, "link", link)
+    monkeypatch.setattr(os, "link", link)
     compare.run(command("--ensemble", *runs[:2], "--out", tmp_path / "out"))
     assert (tmp_path / "out" / "data.npz").read_bytes() == (runs[0] / "data.npz").read_bytes()
     assert (tmp_path / "out" / "data.npz").stat().st_nlink == 1
@@ -240,7 +241,7 @@ def test_what_cannot_be_compared_is_refused(runs, done, tmp_path):
     ):
         with pytest.raises(UserError, match=message):
             compare.run(command(*words))
-    artifacts.load_npz(odd / "data.npz")
+    load_npz(odd / "data.npz")
     good = {"labels": np.zeros((60, 2), np.int32), "scores": np.full((60, 2), 0.5, np.float32)}
     for change, split, message in (
         ({}, "val", "is for the split val, expected test"),
@@ -251,26 +252,26 @@ def test_what_cannot_be_compared_is_refused(runs, done, tmp_path):
         ({"scores": np.full((60, 2), -3.0)}, "test", "probabilities"),
         ({"scores": np.full((60, 2), np.nan)}, "test", "probabilities"),
     ):
-        artifacts.save_npz(odd / "predictions.npz", stages.eval.Config(split=split), good | change, ("data.npz",))
+        save_npz(odd / "predictions.npz", stages.eval.Config(split=split), good | change, ("data.npz",))
         with pytest.raises(UserError, match=message):
             compare.run(command(runs[0], odd))
 
 
 def test_names_of_labels_must_be_the_same(runs, tmp_path):
-    arrays, meta = artifacts.load_npz(runs[0] / "data.npz")
+    arrays, meta = load_npz(runs[0] / "data.npz")
     arrays["names"] = arrays["names"][::-1].copy()
     kept = {key: meta[key] for key in ("encoder", "vocab_size", "prefix", "suffix", "pad")}
-    artifacts.save_npz(tmp_path / "data.npz", stages.data.Config(), arrays, **kept)
+    save_npz(tmp_path / "data.npz", stages.data.Config(), arrays, **kept)
     with pytest.raises(UserError, match="differ in the labels of test documents or in their names"):
         compare.run(command(runs[0], tmp_path))
 
 
 def test_what_is_known_beforehand_must_be_the_same(runs, tmp_path):
-    arrays, meta = artifacts.load_npz(runs[0] / "data.npz")
+    arrays, meta = load_npz(runs[0] / "data.npz")
     arrays["test_known"] = np.array([3], np.int32)
     arrays["test_known_offsets"] = np.append(0, np.ones(60, np.int64))
     kept = {key: meta[key] for key in ("encoder", "vocab_size", "prefix", "suffix", "pad")}
-    artifacts.save_npz(tmp_path / "data.npz", stages.data.Config(), arrays, **kept)
+    save_npz(tmp_path / "data.npz", stages.data.Config(), arrays, **kept)
     with pytest.raises(UserError, match="differ in what is known beforehand of test documents"):
         compare.run(command(runs[0], tmp_path))
 

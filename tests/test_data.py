@@ -18,9 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, models, pre_tokenizers
 
-import artifacts
-from artifacts import UserError
 from data import build_debian
+from plumbing.cli import parse
+from plumbing.errors import UserError
+from plumbing.store import load_pt, save_npz, save_pt
 
 data = stages.data
 
@@ -253,7 +254,7 @@ def test_pickles_are_not_executed(tmp_path):
         data.load(tmp_path)
     (tmp_path / "model.pt").write_bytes(pickle.dumps(Attack()))
     with pytest.raises(UserError):
-        artifacts.load_pt(tmp_path / "model.pt")
+        load_pt(tmp_path / "model.pt")
     assert not (tmp_path / "executed").exists()
 
 
@@ -266,7 +267,7 @@ def test_a_failed_write_leaves_the_old_artifact(tmp_path, done, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", full)
     with pytest.raises(UserError, match="data.npz cannot be written .No space left on device.; what was there before"):
-        artifacts.save_npz(path, data.Config(), {"ids": np.zeros(9)})
+        save_npz(path, data.Config(), {"ids": np.zeros(9)})
     assert path.read_bytes() == (done / "data.npz").read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["data.npz"]
 
@@ -276,7 +277,7 @@ def test_help_is_the_docstring_and_misspelt_flags_fail(name, capsys):
     stage = importlib.import_module(name)
     for flags, code in ((["--help"], 0), (["--sed", "1"], 2)):
         with pytest.raises(SystemExit) as stopped:
-            artifacts.parse(stage.Config, stage.__doc__, flags)
+            parse(stage.Config, stage.__doc__, flags)
         assert stopped.value.code == code
     shown = capsys.readouterr()
     assert stage.__doc__.strip() in shown.out and "--seed" in shown.out and "--run" in shown.out
@@ -355,6 +356,6 @@ def test_the_corpus_builder_drops_what_it_says():
 def test_a_result_is_made_from_what_was_read_not_from_what_came_since(tmp_path, prepared, done):
     stages.tree.load(tmp_path)
     (tmp_path / "tree.npz").write_bytes(b"another tree, made meanwhile")
-    artifacts.save_pt(tmp_path / "model.pt", stages.tree.Config(), {}, ("tree.npz",))
+    save_pt(tmp_path / "model.pt", stages.tree.Config(), {}, ("tree.npz",))
     with pytest.raises(UserError, match="model.pt was made from a tree.npz"):
-        artifacts.load_pt(tmp_path / "model.pt")
+        load_pt(tmp_path / "model.pt")

@@ -16,12 +16,14 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, stages
 
-import artifacts
-from artifacts import UserError
+from plumbing import training_log
+from plumbing.errors import UserError
+from plumbing.stopping import asked_to_stop
+from plumbing.store import MADE_BY, load_npz, load_pt
 
 train = stages.train
 ARTIFACTS = ("data.npz", "tree.npz", "model.pt", "checkpoint.pt", "predictions.npz")
-LOAD = {".npz": artifacts.load_npz, ".pt": artifacts.load_pt}
+LOAD = {".npz": load_npz, ".pt": load_pt}
 
 
 def config_of(run: Path, **changes):
@@ -62,7 +64,7 @@ def listening():
 def test_what_is_to_be_ignored_stays_ignored():
     """A job in the background: Ctrl-C in the terminal is not for it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    with artifacts.asked_to_stop() as asked:
+    with asked_to_stop() as asked:
         os.kill(os.getpid(), signal.SIGINT)
         assert not asked()
 
@@ -80,13 +82,13 @@ def test_ctrl_c_saves_and_says_how_to_go_on(prepared, done, number):
     _, said = process.communicate()
     assert process.returncode == 130, said
     step = int(re.search(r"interrupted; a checkpoint was saved after step (\d+); go on with --resume", said)[1])
-    assert artifacts.load_pt(prepared / "checkpoint.pt")[0]["step"] == step < 38
+    assert load_pt(prepared / "checkpoint.pt")[0]["step"] == step < 38
     train.run(config_of(prepared, resume=True))
     assert digest(prepared / "model.pt") == digest(done / "model.pt")
 
 
 def test_a_second_ctrl_c_stops_at_once():
-    with artifacts.asked_to_stop() as asked, pytest.raises(KeyboardInterrupt):
+    with asked_to_stop() as asked, pytest.raises(KeyboardInterrupt):
         assert not asked()
         os.kill(os.getpid(), signal.SIGINT)
         assert asked()
@@ -97,24 +99,24 @@ def test_a_second_ctrl_c_stops_at_once():
 @contextlib.contextmanager
 def stopped_at(monkeypatch, step: int):
     """Ctrl-C is pressed when this step is logged."""
-    say = artifacts.progress
+    say = training_log.progress
 
     def press(record, config):
         if record["step"] == step:
             os.kill(os.getpid(), signal.SIGINT)
         return say(record, config)
 
-    monkeypatch.setattr(artifacts, "progress", press)
+    monkeypatch.setattr(training_log, "progress", press)
     with pytest.raises(KeyboardInterrupt, match=f"saved after step {step}; go on with --resume"):
         yield
-    monkeypatch.setattr(artifacts, "progress", say)
+    monkeypatch.setattr(training_log, "progress", say)
 
 
 def test_a_corrupt_checkpoint_falls_back_to_the_one_before(prepared, done, monkeypatch, capsys):
     with stopped_at(monkeypatch, 25):
         train.run(config_of(prepared, save_every=4))
     newest, before = prepared / "checkpoint.pt", prepared / "checkpoint.previous.pt"
-    assert [artifacts.load_pt(path)[0]["step"] for path in (before, newest)] == [24, 25]
+    assert [load_pt(path)[0]["step"] for path in (before, newest)] == [24, 25]
     content = bytearray(newest.read_bytes())
     content[len(content) // 2] ^= 1
     newest.write_bytes(content)
@@ -148,7 +150,7 @@ def test_a_damaged_checkpoint_does_not_push_out_the_whole_one(prepared, done, mo
     with pytest.raises(KeyboardInterrupt):
         train.run(config_of(prepared, resume=True, save_every=2))
     monkeypatch.setattr(os, "replace", replace)
-    assert artifacts.load_pt(prepared / "checkpoint.previous.pt")[0]["step"] == 24
+    assert load_pt(prepared / "checkpoint.previous.pt")[0]["step"] == 24
     train.run(config_of(prepared, resume=True))
     assert digest(prepared / "checkpoint.pt") == digest(done / "checkpoint.pt")
 
@@ -210,7 +212,7 @@ def test_a_flipped_bit_or_a_missing_end_is_found(copied, name):
             assert digest(path) == expected
         except UserError as error:
             refused += 1
-            assert str(path) in str(error) and f"run: python {artifacts.MADE_BY[name]} --run" in str(error)
+            assert str(path) in str(error) and f"run: python {MADE_BY[name]} --run" in str(error)
     assert refused > 30
     for length in (0, 1, 100, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:length])
@@ -326,7 +328,7 @@ def test_a_loss_that_is_not_finite_stops_within_a_step_and_keeps_the_checkpoint(
     with pytest.raises(UserError, match=message):
         train.run(config_of(prepared, save_every=4))
     assert len(calls) == 10
-    state, _ = artifacts.load_pt(prepared / "checkpoint.pt")
+    state, _ = load_pt(prepared / "checkpoint.pt")
     assert state["step"] == 8 and all(value.isfinite().all() for value in state["model"].values())
 
 
@@ -345,7 +347,7 @@ def test_fp16_overflow_is_skipped_by_the_scaler_and_counted(prepared, monkeypatc
     skipped = [record["skipped"] for record in map(json.loads, (prepared / "log.jsonl").read_text().splitlines())
                if "loss" in record]
     assert skipped == sorted(skipped) and 1 < skipped[-1] < len(skipped) // 2
-    assert all(value.isfinite().all() for value in artifacts.load_pt(prepared / "model.pt")[0]["model"].values())
+    assert all(value.isfinite().all() for value in load_pt(prepared / "model.pt")[0]["model"].values())
 
 
 def test_a_run_can_be_watched(done):
@@ -367,7 +369,8 @@ def huge_pages() -> bool:
 @pytest.mark.skipif(not huge_pages(), reason="needs a Linux that offers huge pages")
 def test_big_tensors_lie_in_huge_pages():
     """Nothing that the stages import may make a tensor before they are asked for."""
-    code = ("import artifacts, torch; artifacts.stages(); artifacts.set_up_torch(); big = torch.ones(2**26);"
+    code = ("import torch; from plumbing.stages import load_stages; from plumbing.precision import set_up_torch;"
+            "load_stages(); set_up_torch(); big = torch.ones(2**26);"
             "print(*[line for line in open('/proc/self/smaps_rollup') if 'AnonHugePages' in line])")
     out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert int(out.split()[1]) > 2**17

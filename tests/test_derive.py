@@ -9,8 +9,8 @@ import pytest
 import test_formats
 from conftest import ROOT, sha256, stages, write_jsonl
 
-from artifacts import UserError
 from data import derive, formats
+from plumbing.errors import UserError
 
 SIZES = {"train": 7, "val": 3, "test": 8}
 

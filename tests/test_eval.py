@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix
 
-import artifacts
-from artifacts import UserError
 from data import build_debian
+from plumbing.errors import UserError
+from plumbing.store import load_npz
 
 evaluate = stages.eval
 
@@ -143,7 +143,7 @@ def test_a_document_that_is_a_label_is_never_given_that_label(tmp_path, monkeypa
     stages.tree.run(stages.tree.Config(run=run, levels="4"))
     stages.train.run(stages.train.Config(run=run, **SMALL))
     evaluate.run(evaluate.Config(run=run, k=20, exact=has_exact(run)))
-    rows.append(artifacts.load_npz(tmp_path / "run" / "predictions.npz")[0]["labels"])
+    rows.append(load_npz(tmp_path / "run" / "predictions.npz")[0]["labels"])
     assert len(rows) == 6 + has_exact(run)  # two yardsticks, three rankings, every label scored, and what was written
     for labels in rows:
         assert not any(label in labels[line] for line, label in own["test"])
@@ -151,7 +151,7 @@ def test_a_document_that_is_a_label_is_never_given_that_label(tmp_path, monkeypa
 
 
 def test_predictions_are_a_descending_list_of_labels_in_corpus_order(done):
-    arrays, meta = artifacts.load_npz(done / "predictions.npz")
+    arrays, meta = load_npz(done / "predictions.npz")
     labels, scores = arrays["labels"], arrays["scores"]
     loaded = stages.data.load(done)
     assert labels.shape == scores.shape == (60, 20) and labels.dtype == np.int32 and scores.dtype == np.float32
@@ -195,5 +195,5 @@ def test_predictions_of_another_split_do_not_replace_those_of_the_test_split(don
     before = (run / "predictions.npz").read_bytes()
     evaluate.run(evaluate.Config(run=str(run), split="val", k=7))
     assert (run / "predictions.npz").read_bytes() == before
-    arrays, meta = artifacts.load_npz(run / "predictions.val.npz")
+    arrays, meta = load_npz(run / "predictions.val.npz")
     assert arrays["labels"].shape == (60, 7) and meta["config"]["split"] == "val"

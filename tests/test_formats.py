@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.sparse import csr_matrix, save_npz
 
-import artifacts
-from artifacts import UserError
 from data import formats
+from plumbing.errors import UserError
+from plumbing.prediction import without_known
+from plumbing.store import load_npz
 
 RNG = np.random.default_rng(0)
 NAMES = [str(100 + 7 * i) for i in range(9)]  # numbers, as concepts of EURLEX57K are, in ascending order
@@ -109,7 +110,7 @@ def artifact(folder, make) -> dict[str, np.ndarray]:
     corpus.mkdir()
     make(corpus)
     stages.data.run(stages.data.Config(run=str(folder / "run"), corpus=str(corpus), vocab=150))
-    return artifacts.load_npz(folder / "run" / "data.npz")[0]
+    return load_npz(folder / "run" / "data.npz")[0]
 
 
 @pytest.mark.parametrize("make", [*LAYOUTS.values(), *NAMELESS.values()], ids=[*LAYOUTS, *NAMELESS])
@@ -201,7 +202,7 @@ def test_known_labels_leave_a_ranking(data):
     scores = np.tile(-np.arange(n_labels + 4.0), (n, 1))
     K = csr_matrix((np.ones(sum(map(len, known)), bool), np.array([j for row in known for j in sorted(row)], int),
                     np.append(0, np.cumsum([len(row) for row in known]))), shape=(n, n_labels))
-    labels_Nk, scores_Nk = artifacts.without_known(np.array(rows), scores, K, k)
+    labels_Nk, scores_Nk = without_known(np.array(rows), scores, K, k)
     for i, row in enumerate(rows):
         kept = [(label, scores[i, place]) for place, label in enumerate(row) if label not in known[i]][:k]
         kept += [(-1, -np.inf)] * (k - len(kept))
@@ -234,7 +235,7 @@ def test_filters_are_kept_with_their_documents_and_not_predicted(tmp_path):
     stages.tree.run(stages.tree.Config(run=run))
     stages.train.run(stages.train.Config(run=run, **SMALL | {"topk": None, "epochs": 1}))
     stages.eval.run(stages.eval.Config(run=run, exact=has_exact(run), k=9))
-    labels = artifacts.load_npz(tmp_path / "run" / "predictions.npz")[0]["labels"]
+    labels = load_npz(tmp_path / "run" / "predictions.npz")[0]["labels"]
     assert sorted(labels[0]) == [-1, -1, 0, 3, 4, 5, 6, 7, 8] and sorted(labels[7]) == [-1, *range(8)]
     assert sorted(labels[1]) == list(range(9))
     write(corpus / "filter_labels_test.txt", ["0 9"])

@@ -16,8 +16,8 @@ from conftest import SMALL, has_exact, stages
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-import artifacts
-from artifacts import UserError
+from plumbing.errors import UserError
+from plumbing.store import load_npz
 
 PIECES = ["", " ", "\t\n", "a", "A", "word", "#", "##a", "[CLS]", "[UNK]", "\u0000", "\ud800", "\u200b", "\u202e", "ß",
           "日本", "🙂", "\ufeff", "e\u0301", "x" * 3000, "0" * 70, "<s>", "\\", '"', "\x7f", "\u2028"]
@@ -65,7 +65,7 @@ def test_any_corpus_goes_through_or_is_refused(rows):
         stages.tree.run(stages.tree.Config(run=run))
         stages.train.run(stages.train.Config(run=run, **SMALL | {"tiny": "1,16", "topk": None, "epochs": 1}))
         stages.eval.run(stages.eval.Config(run=run, k=5, show=2, exact=has_exact(run)))
-        result, _ = artifacts.load_npz(folder / "run" / "predictions.npz")
+        result, _ = load_npz(folder / "run" / "predictions.npz")
         n_labels = len(data.names)
         assert result["labels"].shape == (len(data.splits["test"]), 5)
         assert ((result["labels"] >= 0).sum(axis=1) == min(5, n_labels)).all() and result["labels"].max() < n_labels

@@ -12,8 +12,10 @@ import torch
 import transformers
 from conftest import make_corpus, stages
 
-import artifacts
-from artifacts import UserError
+from plumbing import store
+from plumbing.errors import UserError
+from plumbing.loss_watch import LossWatch
+from plumbing.store import load_npz, load_pt
 
 train = stages.train
 DEAD = {3: 0.0, 5: 1e-33}  # features of the last layer, and the gain that makes them so
@@ -182,8 +184,8 @@ def test_without_labels_in_the_validation_split_the_last_epoch_is_kept(run, caps
     data = data._replace(splits=data.splits | {"val": unlabelled})
     train.train(config_of(run, head_epochs=1, epochs=1), data, tree, stages.model.build)
     assert "no validation document has a label: the last epoch is kept" in capsys.readouterr().out
-    kept = artifacts.load_pt(run / "model.pt")[0]["model"]
-    last = artifacts.load_pt(run / "checkpoint.pt")[0]["model"]
+    kept = load_pt(run / "model.pt")[0]["model"]
+    last = load_pt(run / "checkpoint.pt")[0]["model"]
     assert all(torch.equal(kept[name], last[name]) for name in kept)
 
 
@@ -208,13 +210,13 @@ def test_ctrl_c_in_the_head_phase_saves_a_checkpoint(run, monkeypatch):
             return False
 
     with monkeypatch.context() as patch:
-        patch.setattr(artifacts, "asked_to_stop", Asked)
+        patch.setattr(train, "asked_to_stop", Asked)
         with pytest.raises(KeyboardInterrupt, match="a checkpoint was saved after step .*; go on with --resume"):
             train.run(config_of(run))
-    state, _ = artifacts.load_pt(run / "checkpoint.pt")
+    state, _ = load_pt(run / "checkpoint.pt")
     assert state["phase"] == "heads" and not state["finished"] and state["batch"] > 0
     train.run(config_of(run, resume=True))
-    state, _ = artifacts.load_pt(run / "checkpoint.pt")
+    state, _ = load_pt(run / "checkpoint.pt")
     assert state["phase"] == "all" and state["finished"]
 
 
@@ -253,7 +255,7 @@ def test_a_loss_that_grows_a_thousandfold_ends_the_run(run, monkeypatch):
 
 
 def test_a_loss_that_was_tiny_may_come_back_to_where_it_began():
-    watch = artifacts.LossWatch(torch.nn.Linear(1, 1))
+    watch = LossWatch(torch.nn.Linear(1, 1))
     for step, loss in enumerate([5.0, 1e-4, 1e-4, 1e-4, 4.9, 1e-4]):
         watch(torch.tensor([loss]), torch.tensor(1.0), step, 1e-3)
     watch.check()
@@ -269,15 +271,15 @@ def test_p_label_may_be_chosen_as_a_ranking_of_the_beam_and_exact_scoring_refuse
     monkeypatch.setattr(train, "validate", said)
     train.run(config_of(run, head_epochs=0, epochs=1))
     stages.eval.run(stages.eval.Config(run=str(run), k=20))
-    assert artifacts.load_npz(run / "predictions.npz")[1]["ranking"] == "label"
+    assert load_npz(run / "predictions.npz")[1]["ranking"] == "label"
     with pytest.raises(UserError, match="--exact: validation chose p.label. as the ranking of the beam"):
         stages.eval.run(stages.eval.Config(run=str(run), k=20, exact=True))
 
 
 def test_an_old_model_is_refused_with_the_command_that_makes_it_anew(run, monkeypatch):
     train.run(config_of(run, head_epochs=0, epochs=1))
-    assert artifacts.FORMAT == 3  # since models have a centre and a scale
+    assert store.FORMAT == 3  # since models have a centre and a scale
     data = stages.data.load(run)
-    monkeypatch.setattr(artifacts, "FORMAT", 4)
+    monkeypatch.setattr(store, "FORMAT", 4)
     with pytest.raises(UserError, match=r"has format 3, expected 4; run: python 04_train.py --run .* with the flags"):
         train.load(run, data)

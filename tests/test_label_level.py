@@ -6,8 +6,8 @@ import pytest
 import torch
 from conftest import formed
 
-import label_level
-from label_level import Factors, RowAdam, round_stochastically
+from plumbing import label_level
+from plumbing.label_level import Factors, RowAdam, round_stochastically
 
 
 def factors(clusters, n_rows, width, seed, n_docs=4):

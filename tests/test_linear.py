@@ -7,7 +7,8 @@ import pytest
 from conftest import ROOT, make_corpus, stages
 from scipy.sparse import csr_matrix
 
-import artifacts
+from plumbing.errors import UserError
+from plumbing.store import load_npz
 from tools import compare
 
 sys.path.insert(0, str(ROOT / "bench"))
@@ -50,7 +51,7 @@ def test_one_vs_rest_is_written_as_stage_5_writes_and_can_be_compared(corpus_run
     linear.run(linear.Config(run=str(corpus_run), k=50))
     out, data = corpus_run / "linear-one-vs-rest", stages.data.load(corpus_run)
     for file, name in (("predictions.npz", "test"), ("predictions.val.npz", "val")):
-        arrays, meta = artifacts.load_npz(out / file)
+        arrays, meta = load_npz(out / file)
         assert arrays["labels"].shape == (60, 50) and arrays["labels"].dtype == np.int32
         assert (np.diff(arrays["scores"]) <= 0).all() and arrays["scores"].dtype == np.float32
         assert (arrays["labels"][:, 40:] == -1).all()  # there are but 40 labels
@@ -68,7 +69,7 @@ def test_labels_known_beforehand_are_not_predicted(tmp_path):
     run = tmp_path / "run"
     stages.data.run(stages.data.Config(run=str(run), corpus=str(folder), vocab=400))
     linear.run(linear.Config(run=str(run), k=38))
-    labels = artifacts.load_npz(run / "linear-one-vs-rest" / "predictions.npz")[0]["labels"]
+    labels = load_npz(run / "linear-one-vs-rest" / "predictions.npz")[0]["labels"]
     assert set(labels[0]) == set(range(40)) - {3, 5}
     assert 2 not in labels[7] and (labels >= 0).all()
 
@@ -119,7 +120,7 @@ def test_texts_are_those_of_the_documents_that_stage_1_drew(tmp_path):
         for i, text in enumerate(texts.get(name, [])):
             ids = split.ids[split.offsets[i] : split.offsets[i + 1]]
             assert tokenizer.encode(text, add_special_tokens=False).ids == ids.tolist()
-    with pytest.raises(artifacts.UserError, match="are not those of data.npz"):
+    with pytest.raises(UserError, match="are not those of data.npz"):
         linear.read_texts(data, str(make_corpus(tmp_path / "other", seed=1)))
 
 
@@ -127,18 +128,18 @@ def test_texts_are_those_of_the_documents_that_stage_1_drew(tmp_path):
 def test_a_library_finds_the_labels_where_it_is_installed(corpus_run, system, library):
     pytest.importorskip(library, reason=f"{linear.INSTALL[system]}")
     linear.run(linear.Config(run=str(corpus_run), system=system, k=20))
-    arrays, _ = artifacts.load_npz(corpus_run / f"linear-{system}" / "predictions.npz")
+    arrays, _ = load_npz(corpus_run / f"linear-{system}" / "predictions.npz")
     assert precision(arrays["labels"], stages.data.load(corpus_run).splits["test"]) > 90
     assert (np.diff(arrays["scores"]) <= 0).all() and 0 <= arrays["scores"].max() <= 1
 
 
 def test_a_library_that_is_missing_is_named_with_how_to_install_it(corpus_run, monkeypatch):
     monkeypatch.setitem(sys.modules, "omikuji", None)
-    with pytest.raises(artifacts.UserError, match="pip install omikuji"):
+    with pytest.raises(UserError, match="pip install omikuji"):
         linear.run(linear.Config(run=str(corpus_run), system="parabel"))
 
 
 @pytest.mark.parametrize("wrong", [{"system": "fasttext"}, {"text": "lines"}, {"text": "words", "max_len": 64}])
 def test_settings_that_do_not_go_together_are_refused(corpus_run, wrong):
-    with pytest.raises(artifacts.UserError, match="--"):
+    with pytest.raises(UserError, match="--"):
         linear.run(linear.Config(run=str(corpus_run), **wrong))

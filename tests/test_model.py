@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import artifacts
-import label_level
-from artifacts import UserError
+from plumbing import label_level
+from plumbing.encoders import tiny_bert
+from plumbing.errors import UserError
 
 model_stage = stages.model
 COUNTS = [1, 4, 16, 48]  # root, two cluster levels, slots: fans 4, 4, 3
@@ -386,7 +386,7 @@ def test_defaults_fit_any_number_of_labels(done, n_labels):
     tree = stages.tree.Tree(stages.tree.lay_out(np.arange(n_labels), bounds), levels)
     config = model_stage.Config(max_len=16, pooling="mean", tiny="1,24")
     loaded = stages.data.load(done)
-    encoder = artifacts.tiny_bert(1, 24, loaded.meta).half()
+    encoder = tiny_bert(1, 24, loaded.meta).half()
     model = model_stage.build(loaded, tree, config, encoder).eval()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     batch, _ = make_batch(labels=[[0], [n_labels - 1], [], [], [], []])

@@ -11,8 +11,8 @@ import pytest
 from conftest import stages
 from scipy.sparse import csr_matrix
 
-import artifacts
-from artifacts import UserError
+from plumbing.errors import UserError
+from plumbing.store import load_npz, save_npz
 from tools import plots, report
 
 NAMES = ("curves", "funnel", "frequency", "coverage", "reliability", "tree")
@@ -156,7 +156,7 @@ def test_pictures_of_a_run(done, tmp_path, capsys, monkeypatch):
         assert pixels.shape[:2] == (height, width) and (pixels < 0.9).any(axis=2).mean() > 0.02  # not empty
     # The clusters, label by label.
     data = stages.data.load(run)
-    labels = artifacts.load_npz(run / "predictions.npz")[0]["labels"]
+    labels = load_npz(run / "predictions.npz")[0]["labels"]
     cluster = {label: slot // 6 for slot, label in enumerate(slots.tolist()) if label >= 0}
     test, pairs, found = data.splits["test"], Counter(), Counter()
     for i in range(len(test)):
@@ -179,7 +179,7 @@ def test_no_system_in_the_pictures_predicts_what_is_known(done, tmp_path, monkey
     loaded = stages.data.load(run)
     # Of each document its first prediction, and the most frequent label, are known.
     n, n_labels = len(loaded.splits["test"]), len(loaded.names)
-    labels = artifacts.load_npz(run / "predictions.npz")[0]["labels"]
+    labels = load_npz(run / "predictions.npz")[0]["labels"]
     frequent = np.bincount(loaded.splits["train"].labels).argmax()
     mask = np.zeros((n, n_labels), bool)
     mask[:, frequent] = mask[np.arange(n), labels[:, 0]] = True
@@ -211,11 +211,11 @@ def test_errors_say_what_to_do(done, tmp_path, monkeypatch):
     pytest.importorskip("matplotlib", reason="tools/plots.py draws with it")
     run = shutil.copytree(done, tmp_path / "run")
     config, log = plots.Config(run=str(run)), run / "log.jsonl"
-    arrays, _ = artifacts.load_npz(run / "predictions.npz")
+    arrays, _ = load_npz(run / "predictions.npz")
     evaluated = stages.eval.Config(run=str(run))
     for change in ({"scores": arrays["scores"] * 50}, {"labels": arrays["labels"] + 40},
                    {key: array[1:] for key, array in arrays.items()}):
-        artifacts.save_npz(run / "predictions.npz", evaluated, arrays | change)
+        save_npz(run / "predictions.npz", evaluated, arrays | change)
         with pytest.raises(UserError, match="predictions.npz holds .*expected"):
             plots.run(config)
     (run / "predictions.npz").unlink()

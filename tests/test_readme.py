@@ -13,7 +13,7 @@ import torch
 import transformers
 from conftest import ROOT, make_corpus, stages, write_jsonl
 
-import artifacts
+from plumbing.store import load_npz, load_pt
 
 README = (ROOT / "README.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
@@ -83,7 +83,7 @@ def test_own_corpus_as_the_readme_says(tmp_path):
             command += " --tiny 1,32 --epochs 2 --amp off"
         printed = shell(command, ROOT)
     assert "true: " + ", ".join(example[0]["labels"]) in printed
-    labels = artifacts.load_npz(run / "predictions.npz")[0]["labels"]
+    labels = load_npz(run / "predictions.npz")[0]["labels"]
     assert labels.shape == (3, 100) and (labels[:, :2] >= 0).all() and (labels[:, 2:] == -1).all()
 
 
@@ -120,7 +120,7 @@ def test_the_table_of_artifacts_is_what_the_scripts_write(demo):
         for name in names:
             listed[file, name] = (dtype, shape)
     for file in ("data.npz", "tree.npz", "predictions.npz"):
-        arrays, meta = artifacts.load_npz(run / file)
+        arrays, meta = load_npz(run / file)
         assert set(arrays) == {key for name, key in listed if name == file}
         for key, array in arrays.items():
             dtype, shape = listed[file, key]
@@ -128,10 +128,10 @@ def test_the_table_of_artifacts_is_what_the_scripts_write(demo):
             assert array.ndim == len([part for part in shape.strip("()").split(",") if part]), (file, key)
         assert set(meta) >= {"format", "stage", "config", "versions", "made_from"}
     for file in ("model.pt", "checkpoint.pt"):
-        content, meta = artifacts.load_pt(run / file)
+        content, meta = load_pt(run / file)
         assert set(content) == {key for name, key in listed if name == file}
         assert set(meta["made_from"]) == {"data.npz", "tree.npz"}
-    labels = artifacts.load_npz(run / "predictions.npz")[0]["labels"]
+    labels = load_npz(run / "predictions.npz")[0]["labels"]
     assert labels.shape == (4642, 100) and len(np.unique(labels[0])) > 5
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.stats import binomtest
 
-import artifacts
-from artifacts import UserError
+from plumbing.errors import UserError
+from plumbing.store import load_npz, save_npz
 from tools import report
 
 K, L = 6, 12
@@ -290,8 +290,8 @@ class Other:
 
 
 def save(path, labels, scores, split):
-    artifacts.load_npz(path.with_name("data.npz"))
-    artifacts.save_npz(path, Other(split), {"labels": labels, "scores": scores}, made_from=("data.npz",))
+    load_npz(path.with_name("data.npz"))
+    save_npz(path, Other(split), {"labels": labels, "scores": scores}, made_from=("data.npz",))
 
 
 def test_bad_predictions_are_refused(done, tmp_path):

@@ -13,8 +13,9 @@ import pytest
 from conftest import ROOT, make_corpus, stages
 from tokenizers import Tokenizer
 
-import artifacts
-from artifacts import UserError
+from plumbing.cli import parse
+from plumbing.errors import UserError
+from plumbing.store import load_npz
 from tools import tag
 
 
@@ -35,7 +36,7 @@ def read(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def expected(done) -> list[list[tuple[str, float]]]:
     """(name, score) of the labels that stage 5 wrote for the test split."""
-    names, (arrays, _) = stages.data.load(done).names, artifacts.load_npz(done / "predictions.npz")
+    names, (arrays, _) = stages.data.load(done).names, load_npz(done / "predictions.npz")
     return [[(names[label], score) for label, score in zip(*row, strict=True) if label >= 0]
             for row in zip(arrays["labels"].tolist(), arrays["scores"].tolist(), strict=True)]
 
@@ -147,7 +148,7 @@ def test_wrong_settings_are_refused(done, tmp_path, capsys):
     assert read(path) == [{"text": "a"}]
     for words in (["--threshold", "1.5"], ["--threshold", "nan"], ["--k", "0"], ["--batch-size", "x"]):
         with pytest.raises(SystemExit, match="2"):
-            artifacts.parse(tag.Config, tag.__doc__, words)
+            parse(tag.Config, tag.__doc__, words)
 
 
 def test_one_text(done, corpus, expected, capsys):

@@ -8,9 +8,11 @@ import pytest
 import torch
 from conftest import SMALL, sha256, stages
 
-import artifacts
-from artifacts import UserError
-from label_level import RowAdam
+from plumbing.cli import settle
+from plumbing.errors import UserError
+from plumbing.label_level import RowAdam
+from plumbing.prediction import over_split
+from plumbing.store import load_pt
 
 train = stages.train
 
@@ -43,9 +45,9 @@ def test_two_accumulated_halves_make_one_batch(done):
     loaded = stages.data.load(done)
     results = []
     for size, accumulate in ((32, 1), (16, 2)):
-        config = artifacts.settle(config_of(done, batch_size=size, accumulate=accumulate, epochs=1),
+        config = settle(config_of(done, batch_size=size, accumulate=accumulate, epochs=1),
                                      train.RECIPES, "tiny")
-        config = artifacts.settle(config, stages.model.RECIPES, "tiny")
+        config = settle(config, stages.model.RECIPES, "tiny")
         model = stages.model.build(loaded, stages.tree.load(done), config)
         model.dropout = torch.nn.ModuleList(torch.nn.Identity() for _ in model.heads)
         whole = loaded.batch("train", np.arange(32), 32)
@@ -122,7 +124,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, do
         train.run(config_of(tmp_path, **changes))
     train.run(config_of(tmp_path, resume=True, **changes))
     assert sha256(tmp_path / "model.pt") == sha256(done / "model.pt")
-    ours, theirs = (artifacts.load_pt(folder / "checkpoint.pt")[0] for folder in (tmp_path, done))
+    ours, theirs = (load_pt(folder / "checkpoint.pt")[0] for folder in (tmp_path, done))
     assert plain(ours) == plain(theirs) and set(ours) > {"model", "optimizers", "scaler", "random", "best"}
     assert {state.dtype for state in ours["optimizers"][1]["state"][0].values()} == {torch.float32}
     assert without_rates(tmp_path / "log.jsonl") == without_rates(done / "log.jsonl")
@@ -147,7 +149,7 @@ def test_the_best_epoch_is_kept_by_validation(tmp_path, prepared, done, monkeypa
 
 def test_a_loss_that_is_not_finite_stops_the_run(done):
     loaded = stages.data.load(done)
-    config = artifacts.settle(config_of(done), train.RECIPES, "tiny")
+    config = settle(config_of(done), train.RECIPES, "tiny")
     model = stages.model.build(loaded, stages.tree.load(done), replace(config, pooling="mean"))
     with torch.no_grad():
         model.heads[0].weight.fill_(torch.nan)
@@ -179,7 +181,7 @@ def test_the_label_level_does_not_see_the_loss_scale(prepared, monkeypatch):
         monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, enabled: scaler(
             kind, init_scale=init, growth_interval=every, enabled=enabled))  # noqa: B023
         train.run(config_of(prepared, amp="fp16", epochs=1))
-        weights.append(artifacts.load_pt(prepared / "model.pt")[0]["model"]["heads.1.weight"])
+        weights.append(load_pt(prepared / "model.pt")[0]["model"]["heads.1.weight"])
     assert (weights[0] - weights[1]).norm() < 0.05 * weights[0].norm()
 
 
@@ -193,7 +195,7 @@ def test_fp16_with_a_scaler_trains_on_a_gpu(tmp_path, prepared, done):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: whether a step waits for it")
 def test_a_step_on_a_gpu_waits_for_nothing(done):
     loaded = stages.data.load(done)
-    config = artifacts.settle(artifacts.settle(config_of(done), train.RECIPES, "tiny"), stages.model.RECIPES, "tiny")
+    config = settle(settle(config_of(done), train.RECIPES, "tiny"), stages.model.RECIPES, "tiny")
     model = stages.model.build(loaded, stages.tree.load(done), config).cuda().train()
     batch = loaded.batch("train", np.arange(16), 32).to("cuda")
     groups = model.param_groups(1e-3, 1e-4)
@@ -218,7 +220,7 @@ def test_validation_counts_what_the_metrics_count(done):
     result = train.validate(model, loaded, config)
     split = loaded.splits["val"]
     for ranking in stages.model.RANKINGS:
-        found = artifacts.over_split(model, loaded, "val", config.max_len, 7,
+        found = over_split(model, loaded, "val", config.max_len, 7,
                                      lambda batch, k: train.predict_rankings(model, batch, k), 5)  # noqa: B023
         metrics = stages.eval.metrics(found[f"labels {ranking}"], split, np.ones(len(loaded.names)))
         assert result["P"][ranking] == pytest.approx([metrics["P"][j - 1] for j in (1, 3, 5)])

@@ -7,7 +7,7 @@ from conftest import stages
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from artifacts import UserError
+from plumbing.errors import UserError
 
 tree = stages.tree
 

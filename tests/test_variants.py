@@ -12,8 +12,9 @@ import torch
 from conftest import ROOT, gradient, make_corpus, stages
 from scipy.optimize import minimize
 
-import artifacts
-from artifacts import UserError
+from plumbing.cli import parse
+from plumbing.errors import UserError
+from plumbing.store import load_npz, load_pt, save_pt
 
 if not (ROOT / "variants").is_dir():
     pytest.skip("variants/ has been deleted", allow_module_level=True)
@@ -304,7 +305,7 @@ def test_all_systems_side_by_side(run, capsys, tmp_path):
         # Metrics and costs; below, minus the cascade, three times three.
         assert [len(row) for row in rows] == ([12] if name == "cascade" else [12, 9])
         data = stages.data.load(run / folder)
-        labels = artifacts.load_npz(run / folder / "predictions.npz")[0]["labels"]
+        labels = load_npz(run / folder / "predictions.npz")[0]["labels"]
         expected = 100 * stages.train.hits(labels[:, :1], data.splits["test"])[np.diff(
             data.splits["test"].label_offsets) > 0].mean()
         assert float(rows[0][0]) == pytest.approx(expected, abs=0.01)
@@ -315,9 +316,9 @@ def test_all_systems_side_by_side(run, capsys, tmp_path):
     assert made == {path: path.stat().st_mtime_ns for path in run.rglob("*.npz")}  # nothing was trained again
     assert printed.count("+-") == 1 + len(compare.SYSTEMS)
     copy = shutil.copytree(run, tmp_path / "copy")
-    changed = artifacts.load_pt(run / "model.pt")[0]
-    artifacts.load_npz(copy / "data.npz"), artifacts.load_npz(copy / "tree.npz")
-    artifacts.save_pt(copy / "model.pt", stages.train.Config(run=str(copy)), changed | {
+    changed = load_pt(run / "model.pt")[0]
+    load_npz(copy / "data.npz"), load_npz(copy / "tree.npz")
+    save_pt(copy / "model.pt", stages.train.Config(run=str(copy)), changed | {
         "config": changed["config"] | {"epochs": 9}}, ("data.npz", "tree.npz"))
     stages.eval.run(stages.eval.Config(run=str(copy), k=20))
     with pytest.raises(UserError, match="ranker was made from other data, or beside a cascade with other settings"):
@@ -325,13 +326,13 @@ def test_all_systems_side_by_side(run, capsys, tmp_path):
 
 
 def test_the_commands_of_the_readme(run, capsys):
-    """In this process: as artifacts.main runs them."""
+    """In this process: as main runs them."""
     (commands,) = re.findall(r"```sh\n(.*?)```", (ROOT / "variants" / "README.md").read_text(), flags=re.DOTALL)
     for command in commands.strip().splitlines():
         python, m, name, *flags = command.replace("runs/demo", str(run)).split()
         module = importlib.import_module(name)
         assert (python, m) == ("python", "-m")
-        module.run(artifacts.parse(module.Config, module.__doc__, flags))
+        module.run(parse(module.Config, module.__doc__, flags))
     assert (run / "xr_transformer-none" / "predictions.npz").exists() and "cascade + ranker" in capsys.readouterr().out
 
 

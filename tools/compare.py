@@ -27,10 +27,13 @@ from pathlib import Path
 
 import numpy as np
 
-import artifacts
-from artifacts import UserError, load_npz, natural, save_npz
+from plumbing.cli import natural
+from plumbing.errors import UserError
+from plumbing.memory import need_space
+from plumbing.stages import load_stages
+from plumbing.store import link, load_npz, save_npz
 
-stages = artifacts.stages()
+stages = load_stages()
 
 COLUMNS = [("P", 1), ("P", 3), ("P", 5), ("nDCG", 5), ("PSP", 5), ("R", 10), ("R", 100)]
 PSP = [name == "PSP" for name, _ in COLUMNS]
@@ -48,7 +51,7 @@ class Config:
 
 
 def parse(argv: list[str] | None = None) -> Config:
-    """The command line; artifacts.parse knows only flags."""
+    """The command line; plumbing.cli.parse knows only flags."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      allow_abbrev=False)
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, two or more")
@@ -136,9 +139,9 @@ def prepare(config: Config, file: str, n_bytes: int) -> None:
     if out.resolve() in [Path(folder).resolve() for folder in config.runs] or (out / "model.pt").exists() or (
             (out / file).exists() and "members" not in load_npz(out / file)[1]):
         raise UserError(f"--out {out} holds a model or predictions that are no ensemble's; choose another folder")
-    artifacts.need_space(out, n_bytes + source.stat().st_size)
+    need_space(out, n_bytes + source.stat().st_size)
     if not (out / "data.npz").exists():
-        artifacts.link(source, out / "data.npz")
+        link(source, out / "data.npz")
     if load_npz(out / "data.npz")[1]["sha256"] != load_npz(source)[1]["sha256"]:
         raise UserError(f"{out / 'data.npz'} is not that of {config.runs[0]}; choose another --out")
 

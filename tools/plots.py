@@ -22,17 +22,20 @@ from typing import Any
 
 import numpy as np
 
-import artifacts
+from plumbing.cli import flag, int_list, main
+from plumbing.errors import UserError
+from plumbing.stages import load_stages
+from plumbing.store import load_pt
 from tools import report
 
-stages, FIRST, FEW = artifacts.stages(), 5, 10  # predicted labels that a reader looks at; a share of fewer says nothing
+stages, FIRST, FEW = load_stages(), 5, 10  # predicted labels that a reader looks at; a share of fewer says nothing
 CLASSES = ["0", "1", *(f"{1 << i}-{(2 << i) - 1}" for i in range(1, 10)), "1,024+"]  # training documents of a label
 STYLES = [*zip(("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#555555"), "os^Dv", strict=True)]  # colour-blind-safe
 
 
 @dataclass(frozen=True)
 class Config:
-    run: str = artifacts.flag("runs/demo", "folder of this run's artifacts")
+    run: str = flag("runs/demo", "folder of this run's artifacts")
 
 
 def read_log(path: Path) -> tuple[list[dict], list[dict], dict]:
@@ -42,7 +45,7 @@ def read_log(path: Path) -> tuple[list[dict], list[dict], dict]:
         epochs = [record for record in records if "validation" in record]
         kept = max(epochs, key=lambda record: sum(record["validation"]["P"][record["ranking"]]))
     except (OSError, ValueError, LookupError, TypeError) as error:
-        raise artifacts.UserError(f"{path}: no epoch ({error}); run: python 04_train.py --run {path.parent}") from error
+        raise UserError(f"{path}: no epoch ({error}); run: python 04_train.py --run {path.parent}") from error
     return [record for record in records if "loss" in record], epochs, kept
 
 
@@ -165,10 +168,10 @@ def run(config: Config) -> None:
         from matplotlib.figure import Figure  # without pyplot: drawn by Agg, with no screen
         from PIL import Image  # comes with it
     except ImportError:
-        raise artifacts.UserError("pictures need matplotlib: pip install matplotlib") from None
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
     out = Path(config.run)
     data, tree, log = stages.data.load(out), stages.tree.load(out), read_log(out / "log.jsonl")
-    kept = artifacts.load_pt(out / "model.pt")[0]["config"]["topk"]  # nothing, where the tree is only its root
+    kept = load_pt(out / "model.pt")[0]["config"]["topk"]  # nothing, where the tree is only its root
     labels, scores, right = report.load(out / "predictions.npz", "test", data)
     split, train, n_labels = data.splits["test"], data.splits["train"], len(data.names)
     count_L, has_N = np.bincount(train.labels, minlength=n_labels), np.diff(split.label_offsets) > 0
@@ -182,7 +185,7 @@ def run(config: Config) -> None:
     for name, size, draw, *values in (
         ("curves", (9, 8), draw_curves, *log),
         ("funnel", (9, 4), draw_funnel, [*tree.levels, slots_CF.size],
-         artifacts.int_list(kept, "--topk") if kept else [], log[2]["validation"]["recall"]),
+         int_list(kept, "--topk") if kept else [], log[2]["validation"]["recall"]),
         ("frequency", (9, 7), draw_frequency, count_L, split, systems),
         ("coverage", (9, 5), draw_coverage, scores[has_N, 0], right[has_N, 0]),
         ("reliability", (9, 7), draw_reliability, scores[has_N, 0], right[has_N, 0]),
@@ -198,4 +201,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

@@ -14,10 +14,12 @@ from pathlib import Path
 
 import numpy as np
 
-import artifacts
-from artifacts import UserError, flag
+from plumbing.cli import flag, int_list, main, pair
+from plumbing.errors import UserError
+from plumbing.stages import load_stages
+from plumbing.store import load_npz
 
-stages = artifacts.stages()
+stages = load_stages()
 Z2 = 1.959964**2  # of a normal variable, the middle 95%, squared
 CLASSES = ("head, 50 or more", "torso, 5 to 49", "tail, 1 to 4", "unseen, 0")
 
@@ -32,7 +34,7 @@ class Config:
 
 def load(path: Path, name: str, data: stages.data.Data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(N, k) labels and scores, both -1 where there is none, and which are right; UserError where they are unfit."""
-    arrays, meta = artifacts.load_npz(path)
+    arrays, meta = load_npz(path)
     split, L, of = data.splits[name], len(data.names), meta["config"].get("split")
     labels, scores = (arrays.get(key, np.empty(0)) for key in ("labels", "scores"))
     rows, fits = np.sort(labels, axis=-1), labels.ndim == 2 and labels.shape == scores.shape and labels.size
@@ -153,8 +155,8 @@ def isotonic(scores: np.ndarray, right: np.ndarray, new: np.ndarray) -> np.ndarr
 
 
 def run(config: Config) -> None:
-    at, folder, data = artifacts.int_list(config.at, "--at"), Path(config.run), stages.data.load(config.run)
-    a, b = artifacts.pair(config.propensity, "--propensity")
+    at, folder, data = int_list(config.at, "--at"), Path(config.run), stages.data.load(config.run)
+    a, b = pair(config.propensity, "--propensity")
     files = {"test": folder / "predictions.npz", "val": folder / "predictions.val.npz"}
     found = {s: load(path, s, data) for s, path in files.items() if s == "test" or path.exists()}
     top = {(s, j): [array[:, :j].ravel() for array in part[1:]] for s, part in found.items() for j in (1, 5)}
@@ -197,4 +199,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

@@ -32,11 +32,13 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
-import artifacts
-from artifacts import UserError, flag, positive
 from data.formats import LONGEST, encodable
+from plumbing.cli import flag, main, positive
+from plumbing.errors import UserError
+from plumbing.prediction import over_split
+from plumbing.stages import load_stages
 
-stages = artifacts.stages()
+stages = load_stages()
 
 
 def probability(text: str) -> float:
@@ -74,7 +76,7 @@ def tagger(config: Config) -> Callable[[list[str]], list[Tags]]:
 
     def tag(texts: list[str]) -> list[Tags]:
         batch = data._replace(splits={"new": documents(texts, tokenizer, most)})
-        found = artifacts.over_split(model, batch, "new", trained.max_len, config.batch_size, predict, config.k)
+        found = over_split(model, batch, "new", trained.max_len, config.batch_size, predict, config.k)
         # A float32 has about 7 digits: as text, and back, it has no others.
         return [[{"name": data.names[label], "score": float(str(score))}
                  for label, score in zip(*row, strict=True) if label >= 0 and score >= config.threshold]
@@ -161,7 +163,7 @@ def run(config: Config) -> int:
 
 
 def command(config: Config) -> None:
-    """run, ended by its exit code: artifacts.main would otherwise print the time it took among the tagged lines."""
+    """run, ended by its exit code: main would otherwise print the time it took among the tagged lines."""
     try:
         code = run(config)
     except BrokenPipeError:  # whoever read the output has enough; Python is kept from writing the rest when it ends
@@ -171,4 +173,4 @@ def command(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    artifacts.main(command, Config, __doc__)
+    main(command, Config, __doc__)

@@ -11,10 +11,12 @@ from pathlib import Path
 
 import numpy as np
 
-import artifacts
-from artifacts import flag
+from plumbing.cli import flag
+from plumbing.prediction import over_split
+from plumbing.stages import load_stages
+from plumbing.store import link, load_npz, load_pt, save_npz
 
-stages = artifacts.stages()
+stages = load_stages()
 
 
 @dataclass(frozen=True)
@@ -27,15 +29,15 @@ def folder(run: str, name: str, *files: str) -> Path:
     out = Path(run) / name
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
-        load = artifacts.load_npz if file.endswith(".npz") else artifacts.load_pt
+        load = load_npz if file.endswith(".npz") else load_pt
         load(Path(run) / file)  # what is missing or damaged is said of the folder it belongs to
-        artifacts.link(Path(run) / file, out / file)
+        link(Path(run) / file, out / file)
     return out
 
 
 def cascade_settings(run: str, out: Path, **changes) -> stages.train.Config:
     """The settings that the cascade in RUN was trained with, for a run in `out`."""
-    content, _ = artifacts.load_pt(Path(run) / "model.pt")
+    content, _ = load_pt(Path(run) / "model.pt")
     return stages.train.Config(run=str(out), **content["config"] | changes)
 
 
@@ -49,7 +51,7 @@ def train_on_tree(run: str, name: str, levels: Callable[[list[int]], list[int]],
         path.unlink()
     # A leaf cluster's width belongs to the leaf level; without it there are no clusters to fill up.
     slots = tree.slot_to_label if tree.levels[-1] in kept else tree.slot_to_label[tree.slot_to_label >= 0]
-    artifacts.save_npz(out / "tree.npz", stages.tree.Config(run=str(out), levels=",".join(map(str, kept))),
+    save_npz(out / "tree.npz", stages.tree.Config(run=str(out), levels=",".join(map(str, kept))),
                        {"slot_to_label": slots, "levels": np.array(kept, np.int64)}, made_from=("data.npz",))
     stages.train.run(config, build)
     stages.eval.run(stages.eval.Config(run=str(out)))
@@ -62,7 +64,7 @@ def test(out: Path, model, config: stages.train.Config, name: str, seconds: floa
     def predict(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
         return dict(zip(("labels", "scores"), (x.cpu().numpy() for x in model.predict(batch, k)), strict=True))
 
-    found = artifacts.over_split(model, data, "test", config.max_len, 2 * config.batch_size, predict, k)
+    found = over_split(model, data, "test", config.max_len, 2 * config.batch_size, predict, k)
     save_predictions(out, data, found["labels"], found["scores"], name, seconds)
 
 
@@ -70,7 +72,7 @@ def save_predictions(out: Path, data: stages.data.Data, labels_Nk: np.ndarray, s
                      seconds: float, made_from: tuple[str, ...] = ("data.npz", "tree.npz")) -> None:
     """Write predictions.npz of the test split, from log scores, with how long the training took; print its metrics."""
     config = stages.eval.Config(run=str(out), k=labels_Nk.shape[1])
-    artifacts.save_npz(out / "predictions.npz", config,
+    save_npz(out / "predictions.npz", config,
                        {"labels": labels_Nk.astype(np.int32), "scores": np.exp(scores_Nk).astype(np.float32)},
                        made_from=made_from, stage=f"variants/{name}.py", ranking=name, seconds=seconds)
     train, split = data.splits["train"], data.splits["test"]

@@ -24,8 +24,11 @@ from pathlib import Path
 
 import numpy as np
 
-import artifacts
-from artifacts import UserError, flag, positive
+from plumbing.cli import flag, main, natural, positive
+from plumbing.errors import UserError
+from plumbing.precision import in_turn
+from plumbing.prediction import over_split
+from plumbing.store import load_npz, load_pt
 from tools.compare import COLUMNS as ADDED
 from tools.compare import bootstrap, contributions, load_predictions
 from variants import light_xml, one_vs_all, ranker, xr_transformer
@@ -48,27 +51,27 @@ TESTED = ("P@1", "P@5", "PSP@5")  # by the bootstrap
 class Config:
     run: str = flag("runs/demo", "folders of the cascade's runs, with several seeds, separated by commas")
     documents: int = flag(1000, "test documents to measure the speed of prediction with", positive)
-    seed: int = flag(0, "seed of the bootstrap", artifacts.natural)
+    seed: int = flag(0, "seed of the bootstrap", natural)
 
 
 def training_seconds(folder: Path) -> float:
     """What predictions.npz of a variant says, or the steps of log.jsonl."""
-    meta = artifacts.load_npz(folder / "predictions.npz")[1]
+    meta = load_npz(folder / "predictions.npz")[1]
     if "seconds" in meta:
         return meta["seconds"] + (training_seconds(folder.parent) if "ranker" in folder.name else 0)
     records = [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
     steps, rates = zip(*((r["step"], r["batches_per_s"]) for r in records if "loss" in r), strict=True)
-    batches = artifacts.load_pt(folder / "model.pt")[0]["config"]["accumulate"] * np.diff(steps, prepend=0)
+    batches = load_pt(folder / "model.pt")[0]["config"]["accumulate"] * np.diff(steps, prepend=0)
     return float((batches / rates).sum())
 
 
 def check(run: Path, folder: str, on: str) -> None:
     """UserError unless a system in RUN was made from the cascade that is there now."""
-    same = {"data.npz": artifacts.load_npz(run / "data.npz")[1]["sha256"]}
-    meta = artifacts.load_npz(run / folder / "predictions.npz")[1]
+    same = {"data.npz": load_npz(run / "data.npz")[1]["sha256"]}
+    meta = load_npz(run / folder / "predictions.npz")[1]
     if "ranker" in folder:
-        same["model.pt"] = artifacts.load_pt(run / on / "model.pt")[1]["sha256"]
-    settings = [artifacts.load_pt(run / place / "model.pt")[0]["config"] for place in ("", on or folder)]
+        same["model.pt"] = load_pt(run / on / "model.pt")[1]["sha256"]
+    settings = [load_pt(run / place / "model.pt")[0]["config"] for place in ("", on or folder)]
     if any(meta["made_from"][name] != digest for name, digest in same.items()) or any(
             one[key] != settings[0][key] for one in settings for key in one
             if key not in ("topk", "layers", "dropout")):
@@ -93,7 +96,7 @@ def predictor(run: str, name: str, documents: int) -> tuple[Callable[[], object]
     def one(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
         return {"labels": model.predict(batch, k, ranking)[0].cpu().numpy()}
 
-    return partial(artifacts.over_split, model, data, "test", settings.max_len, 2 * settings.batch_size, one, 100
+    return partial(over_split, model, data, "test", settings.max_len, 2 * settings.batch_size, one, 100
                    ), scored, size / 1e6
 
 
@@ -111,14 +114,14 @@ def measure(folder: Path) -> tuple[list[float], np.ndarray]:
 def run(config: Config) -> None:
     runs = config.run.split(",")
     for run in runs:
-        artifacts.load_npz(Path(run) / "predictions.npz")  # what is missing of the cascade is for stages 1 to 5 to make
+        load_npz(Path(run) / "predictions.npz")  # what is missing of the cascade is for stages 1 to 5 to make
         for name, (folder, module, on) in SYSTEMS.items():
             if not (Path(run) / folder / "predictions.npz").exists():
                 print(f"\n{name} in {run}", flush=True)
                 module.run(module.Config(run=str(Path(run) / on)))
             check(Path(run), folder, on)
     passes = {name: predictor(runs[0], name, config.documents) for name in SYSTEMS}
-    seconds = artifacts.in_turn({name: run for name, (run, *_) in passes.items()}, rounds=3)
+    seconds = in_turn({name: run for name, (run, *_) in passes.items()}, rounds=3)
     n = min(config.documents, len(stages.data.load(runs[0]).splits["test"]))
     titles = [f"{metric}@{j}" for metric, j in METRICS] + ["scored", "train s", "doc/s", "M par."]
     print(f"\n{f'%, mean of {len(runs)} runs; +- standard deviation':44}" + "".join(f"{t:>8}" for t in titles))
@@ -142,4 +145,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

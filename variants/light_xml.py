@@ -19,7 +19,8 @@ apart from the number of levels, train the cascade itself on one layer: 04_train
 
 from pathlib import Path
 
-import artifacts
+from plumbing.cli import main
+from plumbing.store import load_pt
 from variants.common import Config, stages, train_on_tree
 
 NAME = "light_xml"
@@ -38,11 +39,11 @@ def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.C
 
 
 def run(config: Config) -> None:
-    content, _ = artifacts.load_pt(Path(config.run) / "model.pt")
+    content, _ = load_pt(Path(config.run) / "model.pt")
     layers = max(int(layer) for layer in content["config"]["layers"].replace("+", ",").split(","))
     topk = content["config"]["topk"].split(",")[-1]
     train_on_tree(config.run, NAME, lambda levels: levels[-1:], build, topk=topk, layers=last_five(layers), dropout="")
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

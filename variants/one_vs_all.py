@@ -16,7 +16,7 @@ The rows of the labels are trained by RowAdam, as the cascade's are, with the dr
 with two cluster levels, 0.4.
 """
 
-import artifacts
+from plumbing.cli import main
 from variants.common import Config, stages, train_on_tree
 
 NAME = "one_vs_all"
@@ -34,4 +34,4 @@ def run(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

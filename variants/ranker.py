@@ -38,8 +38,10 @@ import torch
 from scipy.sparse import csr_matrix
 from tqdm import tqdm
 
-import artifacts
-from artifacts import UserError, flag, positive, rate
+from plumbing.cli import flag, main, positive, rate
+from plumbing.errors import UserError
+from plumbing.prediction import over_split
+from plumbing.store import load_npz, load_pt, save_npz
 from variants import common, xr_transformer
 from variants.common import stages
 from variants.svm import fit
@@ -65,7 +67,7 @@ class Config(common.Config):
 
 def load_model(folder: str | Path, build: Callable | None = None) -> tuple:
     """(model, its settings, its ranking), of stage 4 or of XR-Transformer, ready to predict."""
-    data, made_by = stages.data.load(folder), artifacts.load_pt(Path(folder) / "model.pt")[1]["stage"]
+    data, made_by = stages.data.load(folder), load_pt(Path(folder) / "model.pt")[1]["stage"]
     build = build or (xr_transformer.build if xr_transformer.NAME in made_by else stages.model.build)
     model, *rest = stages.train.load(folder, data, build)
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval(), *rest
@@ -88,7 +90,7 @@ def look(model, data: stages.data.Data, split: str, settings: stages.train.Confi
         return {key: tensor.cpu().numpy() for key, tensor in found.items()}
 
     model.features = remember  # what predict reads: the encoder need not be run once more
-    found = artifacts.over_split(model, data, split, settings.max_len, 2 * settings.batch_size, predict, config.k)
+    found = over_split(model, data, split, settings.max_len, 2 * settings.batch_size, predict, config.k)
     model.features = features
     X_NV, idf_V = stages.tree.tfidf(data.splits[split], idf_V, data.meta["vocab_size"])
     x_ND = found["x"] / np.linalg.norm(found["x"], axis=1, keepdims=True).clip(1e-12)
@@ -155,7 +157,7 @@ def reorder(labels_Nk: np.ndarray, scores_Nk: np.ndarray, slack_Nk: np.ndarray, 
 
 def load(folder: Path) -> tuple[Callable, int]:
     """(a function that predicts and reorders the test split of a model, the number of weights) from RUN/ranker."""
-    arrays, meta = artifacts.load_npz(folder / "ranker.npz")
+    arrays, meta = load_npz(folder / "ranker.npz")
     shape = len(arrays["idf"]), arrays["dense"].shape[1]
     W_VL = csr_matrix((arrays["weights"], arrays["indices"], arrays["indptr"]), shape)
 
@@ -193,10 +195,10 @@ def run(config: Config) -> None:
           + ", ".join(f"a = {a}: {100 * value:.1f}" for a, value in right.items()) + f"; taken: {power:g}", flush=True)
     arrays = {"weights": weights[0].data, "indices": weights[0].indices, "indptr": weights[0].indptr}
     made_from = ("data.npz", "tree.npz", "model.pt")
-    artifacts.save_npz(out / "ranker.npz", config, arrays | {"dense": weights[1], "idf": idf_V}, made_from,
+    save_npz(out / "ranker.npz", config, arrays | {"dense": weights[1], "idf": idf_V}, made_from,
                        stage="variants/ranker.py", power=power)
     common.save_predictions(out, data, *load(out)[0](model, data, settings, ranking), "ranker", seconds, made_from)
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

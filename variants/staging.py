@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from scipy.sparse import csr_matrix
 
-from artifacts import UserError
+from plumbing.errors import UserError
 from variants.common import stages
 
 WARM_STARTS = ("linear", "inherit", "none")

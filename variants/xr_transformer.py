@@ -34,8 +34,10 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
-import artifacts
-from artifacts import UserError, flag, positive
+from plumbing.cli import flag, int_list, main, positive
+from plumbing.errors import UserError
+from plumbing.store import save_pt
+from plumbing.training_log import logger
 from variants import common
 from variants.common import stages
 from variants.staging import WARM_STARTS, Batch, Batches, shares, warm_start
@@ -162,7 +164,7 @@ def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.C
     """What stages.train.load needs."""
     encoder = stages.model.build(data, tree, replace(config, layers=""), backbone).encoder
     dropout = stages.model.rates(config.dropout, len(tree.levels) + 1)
-    model = XRTransformer(encoder, tree, artifacts.int_list(config.topk, "--topk"), dropout)
+    model = XRTransformer(encoder, tree, int_list(config.topk, "--topk"), dropout)
     leaf = model.heads[-1].weight
     leaf.data = leaf.data.bfloat16() if config.label_bf16 else leaf.data
     return model
@@ -183,7 +185,7 @@ def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransfor
         print(f"level {t + 1} of {len(model.heads)}: {model.counts[t + 1]:,} nodes, {epochs} passes", flush=True)
         parent_L = model.nodes(torch.arange(len(data.names), device=device), t).cpu().numpy()
         now = replace(config, epochs=epochs, seed=config.seed + t)
-        batches, log = Batches(data, now, above[0], parent_L), artifacts.logger(out, now)
+        batches, log = Batches(data, now, above[0], parent_L), logger(out, now)
         stages.train.fit(model, batches, now, lambda record, log=log, t=t: log({"level": t + 1} | record))
         if t < len(model.topk):
             above, x_ND = model.match(batches, above)
@@ -200,11 +202,11 @@ def run(config: Config) -> None:
     topk = ",".join(str(min(config.b, n)) for n in stages.tree.load(out).levels)
     settings = common.cascade_settings(config.run, out, topk=topk)
     model, seconds = train(out, settings, config.warm)
-    artifacts.save_pt(out / "model.pt", settings, {
-        "config": artifacts.settings(settings), "encoder": model.encoder.backbone.config.to_dict(), "ranking": NAME,
+    save_pt(out / "model.pt", settings, {
+        "config": settings(settings), "encoder": model.encoder.backbone.config.to_dict(), "ranking": NAME,
         "model": model.state_dict()}, ("data.npz", "tree.npz"), stage=f"variants/{NAME}.py")
     common.test(out, model, settings, NAME, seconds)
 
 
 if __name__ == "__main__":
-    artifacts.main(run, Config, __doc__)
+    main(run, Config, __doc__)

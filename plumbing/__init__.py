@@ -1,0 +1,1 @@
+"""What the five stages share and a student need not read. Nothing in here knows a stage."""
