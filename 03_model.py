@@ -1,310 +1,660 @@
-"""Stage 3: the cascade, one encoder whose layers decide coarse to fine. Run by itself it walks through one batch.
+"""Stage 3: the cascade, one encoder whose layers decide coarse to fine.
 
-    python 03_model.py --run runs/demo
+    python 03_model.py                    walk through one batch and print every shape
+    python 03_model.py --run runs/mine
 
 Reads    RUN/data.npz, RUN/tree.npz
 Writes   nothing; stage 4 trains this model
 
-After CascadeXML (Kharbanda, Banerjee, Schultheis, Babbar; NeurIPS 2022). Every resolution of the label tree reads its
-own layer of one transformer. The candidates at a resolution are the children of the best nodes of the one above; in
-training the nodes with a positive label below them count as best, and the others, which scored high and are wrong, are
-the hard negatives. The loss is binary cross-entropy over the candidates, summed over the resolutions.
+CascadeXML (Kharbanda, Banerjee, Schultheis and Babbar, NeurIPS 2022; arXiv 2211.00640) reads a document once, with one
+transformer. Every level of the label tree is a classification problem of its own, and reads a layer of its own: the
+coarse levels early layers, the labels the last one. A level does not score all of its nodes. It scores the children of
+the few clusters that looked best one level up: its shortlist.
 
-Heads first. A pretrained encoder knows much and the heads, at the start, nothing: trained together, what the heads send
-back is noise, and it damages the encoder before they have learnt to listen. So stage 4 runs the encoder over the corpus
-once, keeps its features, and trains the heads alone on them, which takes minutes; then everything, end to end (linear
-probing, then fine-tuning: Kumar et al., ICLR 2022). The features of any two documents are nearly equal, since both are
-mostly the same mean vector: it is subtracted, and a hidden state is divided by one number, the standard deviation of
-all its features together, since some features are always zero. A node's bias starts at the log odds of its documents.
+An example: eight labels, a tree with levels of 2, 4 and 8 nodes, every node with two children, one correct label, 5.
 
-Left out here: the authors' ensembles, several devices, one-vs-all without a tree.
-Shapes   B batch, T tokens, D width, C clusters, F children of each (fan), K kept for a document,
-         P positive pairs, S slots
+    level 1      0               1          both are scored, one is kept
+    level 2    0   1           2   3        the children of what was kept are scored, two are kept
+    labels    0 1 2 3         4 5 6 7       the children of what was kept are scored
+
+    training     Label 5 is below cluster 1 of level 1 and below cluster 2 of level 2 (integer divisions by 4 and by 2).
+                 The shortlist is made with the answer at hand ("teacher forcing"): clusters with a correct label go
+                 first. So level 1 keeps cluster 1, and level 2 scores clusters 2 and 3. Cluster 2 is correct. Cluster 3
+                 takes the place that is left: it looked good and is wrong, and so do its labels 6 and 7. These are the
+                 hard negatives. Labels 4 to 7 are scored, and the loss asks: 5 yes; 4, 6 and 7 no.
+    prediction   Nobody knows the answer. Every level keeps what looks most probable: a beam search. If level 1 keeps
+                 cluster 0, label 5 is lost. The share of correct labels whose clusters were kept is called the recall
+                 of the shortlist, and no ranking of labels can be better than it.
+
+The loss is binary cross-entropy of every scored node, summed over all levels, which are trained together.
+
+Heads first. A pretrained encoder knows much, and the heads know nothing at the start. What untrained heads send back to
+the encoder is noise, and it damages what the encoder knows. So stage 4 runs the encoder over the corpus once, keeps the
+features, and trains the heads alone on them, which takes minutes. After that it trains everything, end to end (linear
+probing, then fine-tuning: Kumar et al., ICLR 2022). The features of any two documents are nearly equal, because both
+are mostly the same mean vector. So the model subtracts the mean, and divides a hidden state by one number, the standard
+deviation of all its features together. (Not one number per feature: some encoders have features that are always zero.)
+
+Left out: ensembles of several trees or encoders, which the paper reports, too; several devices.
+Shapes   B documents of a batch, T tokens, D width of a feature, H hidden states that are read,
+         C clusters of a level, F children of each cluster (fan), K clusters kept for a document,
+         P (document, label) pairs, S slots: places for labels in the last level, some of them empty
 """
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import import_module
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn import functional
 
 from plumbing.cli import flag, int_list, main, natural, positive, settle
-from plumbing.encoders import positions, pretrained_encoder, tiny_bert, without_waiting
+from plumbing.encoders import bare_encoder, positions, pretrained_encoder, without_waiting
 from plumbing.errors import UserError
-from plumbing.label_level import ShortlistProduct, product
+from plumbing.label_level import ShortlistProduct, product, refuse_other_optimizers
 
 data_stage = import_module("01_data")
 tree_stage = import_module("02_label_tree")
 
-RECIPES = {"tiny": {"max_len": 64, "pooling": "mean"}, "pretrained": {"max_len": 128, "pooling": "first"}}
-DROPOUT = {3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5)}  # by the number of levels, as published; else 0.3
-RANKINGS = ("parent", "path", "label")  # p(label) p(its cluster); the product down the whole path; p(label)
+# Settings that a command leaves open. 'tiny' is the encoder of the demo, trained from scratch in
+# minutes on a CPU. 'pretrained' is for every other encoder: the paper's settings where it has any.
+RECIPES = {
+    "tiny": {
+        "max_len": 64,
+        "pooling": "mean",
+        "batch_size": 128,
+        "head_epochs": 0,
+        "head_lr": 1e-2,
+        "epochs": 5,
+        "lr": 1e-2,
+        "lr_encoder": 1e-3,
+    },
+    "pretrained": {
+        "max_len": 128,
+        "pooling": "first",
+        "batch_size": 64,
+        "head_epochs": 10,
+        "head_lr": 5e-3,
+        "epochs": 15,
+        "lr": 1e-3,
+        "lr_encoder": 1e-4,
+    },
+}
+# Dropout of each level's feature, by the number of levels, as published. Other trees: 0.3 everywhere.
+DROPOUT = {3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5)}
+# How labels may be ranked at the end of the beam. Validation chooses one.
+#   parent   p(label) p(its cluster)
+#   path     the product of the probabilities down the whole path
+#   label    p(label) alone
+RANKINGS = ("parent", "path", "label")
 
 
 @dataclass(frozen=True)
 class Config:
     run: str = flag("runs/demo", "folder of this run's artifacts")
-    max_len: int = flag(None, "tokens of a document, special ones included [tiny 64, else 128]", positive)
-    topk: str = flag(None, "clusters kept per cluster level [192,384,768]", str)
-    pooling: str = flag(None, "a document's feature: 'first' token or 'mean' of all [tiny mean, else first]", str)
-    layers: str = flag("", "hidden states read per level, such as 5+6,8,10,12 (0: embeddings) [spaced by depth]")
-    join: str = flag("map", "several hidden states of a level: 'map' to one feature, or 'none': read side by side")
-    dropout: str = flag("", "of each level's feature, such as 0.2,0.25,0.4, or one number for all [as published]")
-    label_bf16: bool = flag(False, "hold label weights in bfloat16, rounded stochastically: for millions of labels")
-    tiny: str = flag("1,256", "layers and width of the encoder 'tiny'")
     seed: int = flag(0, "seed of every random choice", natural)
+    max_len: int = flag(
+        None, "tokens of a document, special ones included [tiny 64, else 128]", positive
+    )
+    topk: str = flag(None, "clusters kept per cluster level [192,384,768]", str)
+    pooling: str = flag(
+        None, "a document's feature: 'first' token or 'mean' of all [tiny mean, else first]", str
+    )
+    layers: str = flag(
+        "", "hidden states read per level, such as 5+6,8,10,12 (0: embeddings) [spaced by depth]"
+    )
+    join: str = flag(
+        "map", "several hidden states of a level: 'map' to one feature, or 'none': read side by side"
+    )
+    dropout: str = flag(
+        "", "of each level's feature, such as 0.2,0.25,0.4, or one number for all [as published]"
+    )
+    tiny: str = flag("1,256", "layers and width of the encoder 'tiny'")
+    label_bf16: bool = flag(
+        False, "hold label weights in bfloat16, rounded stochastically: for millions of labels"
+    )
 
 
-class Level(NamedTuple):
-    """One resolution of one batch: the candidates are the F children of each of the K clusters kept above."""
-
-    parents_BK: Tensor  # int64, nodes of the level above (the root: zeros (B, 1))
-    picked_BK: Tensor | None  # int64, where they stood among the candidates of the level above; None below the root
-    logits_BKF: Tensor  # float32, -inf in an empty slot
-    targets_BKF: Tensor | None  # float32, 1 where a label below the node is positive; None without a teacher
+# 1. The encoder: a document becomes one feature per hidden state.
 
 
-def shortlist(logits_BKF: Tensor, targets_BKF: Tensor | None, k: int) -> Tensor:
-    """Places (B, k) of the k best candidates among the K * F, ranked by sigmoid(logit) + [is positive]."""
-    score = logits_BKF.detach() if targets_BKF is None else logits_BKF.detach().sigmoid() + targets_BKF
-    return score.flatten(1).topk(k, dim=1, sorted=False).indices
+class EncoderProtocol(Protocol):
+    """What the cascade asks of an encoder. Any torch module with these five members will do."""
+
+    width: int  # D, of every hidden state
+    depth: int  # the last hidden state; 0 are the embeddings
+    table: Tensor | None  # word embeddings that learn at the rate of the heads, or None
+
+    def __call__(self, ids_BT: Tensor, mask_BT: Tensor, layers: set[int]) -> dict[int, Tensor]:
+        """{hidden state: feature (B, D)} for the hidden states asked for."""
+
+    def description(self) -> dict:
+        """Plain values from which `make_encoder` builds the encoder again, without its weights."""
 
 
-def rank(logits_BKF: Tensor, above: dict[str, Tensor] | None) -> dict[str, Tensor]:
-    """{ranking: log-probability (B, K * F)} of candidates from their clusters' `above` (B, K); None below the root."""
-    own = F.logsigmoid(logits_BKF)
-    scores = {"label": own, "parent": own, "path": own}
-    if above is not None:
-        scores |= {"parent": own + above["label"][..., None], "path": own + above["path"][..., None]}
-    return {name: score.flatten(1) for name, score in scores.items()}
+class Encoder(nn.Module):
+    """A bidirectional transformer of the transformers library, and the pooling of its tokens.
+
+    Special tokens come from the tokeniser, in stage 1. Token types and positions are the model's defaults.
+    """
+
+    def __init__(
+        self, backbone: nn.Module, pooling: str, max_len: int, from_scratch: bool = False
+    ) -> None:
+        super().__init__()
+        if pooling not in ("first", "mean"):
+            raise UserError(f"--pooling {pooling}: expected 'first' or 'mean'")
+        if max_len > positions(backbone):
+            raise UserError(
+                f"--max-len {max_len} > {positions(backbone)} positions of the encoder; lower it"
+            )
+        self.backbone = without_waiting(backbone)
+        self.backbone.pooler = None  # BERT's extra layer on the last hidden state: nothing reads it
+        self.pooling = pooling
+        self.from_scratch = from_scratch
+        self.width = backbone.config.hidden_size
+        self.depth = backbone.config.num_hidden_layers
+
+    @property
+    def table(self) -> Tensor | None:
+        """The word embeddings of an encoder from scratch: they start as randomly as the heads do."""
+        if not self.from_scratch:
+            return None
+        return self.backbone.get_input_embeddings().weight
+
+    def forward(self, ids_BT: Tensor, mask_BT: Tensor, layers: set[int]) -> dict[int, Tensor]:
+        output = self.backbone(
+            input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True
+        )
+        hidden = output.hidden_states  # one (B, T, D) per layer
+        if self.pooling == "first":
+            return {layer: hidden[layer][:, 0] for layer in layers}
+        # The mean over a document's own tokens. Padding has the share 0.
+        share_BT = mask_BT / mask_BT.sum(1, keepdim=True)
+        features = {}
+        for layer in layers:
+            hidden_BTD = hidden[layer]
+            share_B1T = share_BT[:, None].to(hidden_BTD.dtype)
+            features[layer] = (share_B1T @ hidden_BTD).squeeze(1)
+        return features
+
+    def description(self) -> dict:
+        return self.backbone.config.to_dict()
 
 
-def best_k(labels_BK: Tensor, scores_BK: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k best of scored labels: (labels (B, k), scores (B, k)), descending; -1 and -inf where there are fewer."""
-    scores, places = F.pad(scores_BK, (0, k), value=-torch.inf).topk(k, dim=1)
-    return F.pad(labels_BK, (0, k), value=-1).gather(1, places), scores
+def tiny_bert(depth: int, width: int, meta: dict) -> nn.Module:
+    """The demo's encoder: a small BERT, trained from scratch. `meta` is the record of data.npz.
+
+    It has no dropout of its own: every level's feature has its dropout already.
+    """
+    from transformers import AutoModel, BertConfig
+
+    # Attention heads of width 64, as in BERT, where the width can be divided like that.
+    n_heads = math.gcd(width, max(1, width // 64))
+    config = BertConfig(
+        vocab_size=meta["vocab_size"],
+        pad_token_id=meta["pad"],
+        type_vocab_size=1,
+        num_hidden_layers=depth,
+        hidden_size=width,
+        intermediate_size=2 * width,
+        num_attention_heads=n_heads,
+        hidden_dropout_prob=0.0,
+        attention_probs_dropout_prob=0.0,
+    )
+    return AutoModel.from_config(config)
+
+
+def make_encoder(
+    data: data_stage.Data, config: Config, description: dict | None = None, weights: dict | None = None
+) -> Encoder:
+    """The encoder of a new model; or, from model.pt's `description` and `weights`, of a trained one.
+
+    The weights are only compared with the description, which may come from anywhere: an encoder much
+    bigger than they are is refused. A fork with an encoder of its own replaces this function.
+    """
+    from_scratch = data.meta["encoder"] == "tiny"
+    if description is not None:
+        backbone = bare_encoder(description, weights)
+    elif from_scratch:
+        depth, width = int_list(config.tiny, "--tiny", 2)
+        backbone = tiny_bert(depth, width, data.meta)
+    else:
+        backbone = pretrained_encoder(data.meta)
+    # Weights are float32, whatever the checkpoint's type. Mixed precision is for computing only.
+    return Encoder(backbone.float(), config.pooling, config.max_len, from_scratch)
+
+
+def choose_layers(depth: int, n_levels: int) -> list[list[int]]:
+    """Which hidden states each level reads, coarse to fine. `depth` is the last hidden state.
+
+    The finest level reads the last layer, and every level above it reads one sixth of the depth
+    earlier. The coarsest level reads two neighbouring layers side by side. With 12 layers these are
+    the published settings: 7+8, 10, 12 for three levels and 5+6, 8, 10, 12 for four.
+    """
+    layers = []
+    for level in range(n_levels):
+        levels_below = n_levels - 1 - level
+        layer = int(depth * (1 - levels_below / 6) + 0.5)  # rounded to the nearest layer
+        layers.append([max(1, layer)])
+    coarsest = layers[0][0]
+    if n_levels > 1 and coarsest > 1:
+        layers[0] = [coarsest - 1, coarsest]
+    return layers
+
+
+# 2. The heads: a feature becomes a logit per node.
+
+
+def plain_logits(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor, clusters_BK: Tensor) -> Tensor:
+    """Logits (B, K, F) of the children of each document's clusters, in the plainest form.
+
+    Every document gathers the weights of its own candidates and multiplies them with its feature.
+    This is what a head computes, and how you may read it. It is slow: the gathered weights are
+    (B, K, F, D) numbers. `Head` computes the same in two faster ways, and a test compares them.
+    """
+    weight_BKFD = weight_CFD[clusters_BK]
+    bias_BKF = bias_CF[clusters_BK]
+    return torch.einsum("bd,bkfd->bkf", x_BD, weight_BKFD) + bias_BKF
 
 
 class Head(nn.Module):
-    """A linear classifier per node; the children of one node are one contiguous block. Cluster levels are small: all
-    nodes are scored. `sparse`, for labels: a batch reads the clusters of its shortlists, and RowAdam trains them."""
+    """A linear classifier for every node of a level: weight (C, F, D) and bias (C, F).
+
+    C counts the clusters of the level above. The F children of a cluster are one contiguous block.
+
+    A cluster level is small. All of its nodes are scored in one product, and then each document picks
+    its candidates. `sparse` is for the labels, by far the biggest level: only clusters on the
+    shortlists of the batch are read, and only plumbing.label_level.RowAdam can train the weights.
+    """
 
     def __init__(self, n_clusters: int, fan: int, width: int, sparse: bool = False) -> None:
         super().__init__()
         self.sparse = sparse
         self.weight = nn.Parameter(torch.zeros(n_clusters, fan, width))
-        self.bias = nn.Parameter(torch.full((n_clusters, fan), -4.0))  # few nodes are positive: start with p = 0.02
+        # Few nodes are right for a document: start with a probability of 0.02.
+        self.bias = nn.Parameter(torch.full((n_clusters, fan), -4.0))
+        if sparse:
+            refuse_other_optimizers()
 
     def forward(self, x_BD: Tensor, clusters_BK: Tensor) -> Tensor:
         """Logits (B, K, F) of the children of each document's clusters."""
         if self.sparse:
-            return ShortlistProduct.apply(x_BD, self.weight, self.bias, clusters_BK, torch.is_grad_enabled())
+            learns = torch.is_grad_enabled()
+            return ShortlistProduct.apply(x_BD, self.weight, self.bias, clusters_BK, learns)
         logits_BCF = product(x_BD, self.weight, self.bias)
-        return logits_BCF.gather(1, clusters_BK[..., None].expand(-1, -1, self.bias.shape[1]))
+        fan = self.bias.shape[1]
+        index_BKF = clusters_BK[..., None].expand(-1, -1, fan)
+        return logits_BCF.gather(1, index_BKF)
 
 
-def choose_layers(depth: int, n_levels: int) -> list[list[int]]:
-    """Hidden states per level: the last level reads the last layer, each one above it a sixth of the depth earlier, the
-    first two layers at once: for 12 layers 7+8,10,12 or 5+6,8,10,12, as published."""
-    at = [max(1, int(depth * (1 - (n_levels - 1 - t) / 6) + 0.5)) for t in range(n_levels)]
-    return [[at[0] - 1, at[0]] if n_levels > 1 and at[0] > 1 else [at[0]]] + [[layer] for layer in at[1:]]
+# 3. The shortlist and the rankings.
 
 
-class Encoder(nn.Module):
-    """Any bidirectional transformer of the transformers library, giving the pooled hidden states of chosen layers.
-    Special tokens come from the tokeniser by way of 01_data.py, token types and positions from the model's defaults."""
+class Level(NamedTuple):
+    """One level of one batch. Its candidates are the F children of each of K parents."""
 
-    def __init__(self, backbone: nn.Module, pooling: str, max_len: int, from_scratch: bool = False) -> None:
-        super().__init__()
-        self.backbone, self.pooling, self.from_scratch = without_waiting(backbone), pooling, from_scratch
-        if pooling not in ("first", "mean"):
-            raise UserError(f"--pooling {pooling}: expected 'first' or 'mean'")
-        backbone.pooler = None  # BERT's extra layer on the last hidden state, which nothing here reads
-        if max_len > positions(backbone):
-            raise UserError(f"--max-len {max_len} > {positions(backbone)} positions of the encoder; lower it")
+    parents_BK: Tensor  # int64, the clusters kept one level up; for the first level the root, 0
+    # Where each parent stood among the candidates one level up: prediction looks its score up there.
+    # None for the first level.
+    picked_BK: Tensor | None
+    logits_BKF: Tensor  # float32; -inf in an empty slot
+    targets_BKF: Tensor | None  # float32, 1 where a correct label is below the node; in training only
 
-    def forward(self, ids_BT: Tensor, mask_BT: Tensor, layers: set[int]) -> dict[int, Tensor]:
-        """{layer: pooled feature (B, D)} of the hidden states asked for; 0 is the embeddings."""
-        hidden = self.backbone(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True).hidden_states
-        if self.pooling == "first":
-            return {layer: hidden[layer][:, 0] for layer in layers}
-        share_B1T = (mask_BT / mask_BT.sum(1, keepdim=True))[:, None]
-        return {layer: (share_B1T.to(hidden[layer].dtype) @ hidden[layer]).squeeze(1) for layer in layers}
+
+def shortlist(logits_BKF: Tensor, targets_BKF: Tensor | None, k: int) -> Tensor:
+    """Which clusters go on? Places (B, k) of the best candidates among the K * F."""
+    if targets_BKF is None:
+        score_BKF = logits_BKF.detach()
+    else:
+        # Every cluster with a correct label goes first: its probability, at most 1, is raised by 1.
+        # The places left go to clusters that look right and are wrong. Their children are the hard
+        # negatives of the next level.
+        score_BKF = logits_BKF.detach().sigmoid() + targets_BKF
+    kept = score_BKF.flatten(1).topk(k, dim=1, sorted=False)
+    return kept.indices
+
+
+def rank(logits_BKF: Tensor, above: dict[str, Tensor] | None) -> dict[str, Tensor]:
+    """{ranking: log-probability (B, K * F)} of the candidates of a level.
+
+    `above` holds the same for their K parents, (B, K); None at the first level.
+    """
+    own_BKF = functional.logsigmoid(logits_BKF)
+    if above is None:
+        scores = {"label": own_BKF, "parent": own_BKF, "path": own_BKF}
+    else:
+        scores = {
+            "label": own_BKF,
+            "parent": own_BKF + above["label"][..., None],
+            "path": own_BKF + above["path"][..., None],
+        }
+    return {name: score_BKF.flatten(1) for name, score_BKF in scores.items()}
+
+
+def best_k(labels_BM: Tensor, scores_BM: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """The k best of M scored labels, best first: (labels (B, k), scores (B, k)).
+
+    Where there are fewer than k, the rest is label -1 with score -inf.
+    """
+    scores_BM = functional.pad(scores_BM, (0, k), value=-torch.inf)
+    labels_BM = functional.pad(labels_BM, (0, k), value=-1)
+    best = scores_BM.topk(k, dim=1)
+    return labels_BM.gather(1, best.indices), best.values
+
+
+# 4. The cascade: encoder, heads, and the descent through the tree.
 
 
 class Cascade(nn.Module):
-    """Encoder, a head per level, and the descent through the tree."""
+    """One encoder, one head per level, and the descent through the label tree.
 
-    def __init__(self, encoder: Encoder, tree: tree_stage.Tree, topk: list[int], layers: list[list[int]],
-                 join: str = "map", dropout: list[float] | None = None) -> None:
+    A fork replaces one method: `shortlist` for other negatives, `level_loss` for another loss.
+    """
+
+    def __init__(
+        self,
+        encoder: EncoderProtocol,
+        tree: tree_stage.Tree,
+        topk: list[int],
+        layers: list[list[int]],
+        join: str = "map",
+        dropout: list[float] | None = None,
+    ) -> None:
         super().__init__()
-        self.encoder, self.topk, self.layers, self.amp = encoder, topk, layers, "off"
-        self.counts = [1, *tree.levels, len(tree.slot_to_label)]  # nodes per level, from the root to the slots
-        shape, n_levels = encoder.backbone.config, len(tree.levels) + 1
-        width, depth = shape.hidden_size, shape.num_hidden_layers
-        if len(layers) != n_levels or any(not 0 <= layer <= depth for group in layers for layer in group):
-            raise UserError(f"--layers {layers}: expected {n_levels} groups of hidden states between 0 and {depth}")
-        fans = [below // above for above, below in zip(self.counts, self.counts[1:], strict=False)]
-        most = [k * fan for k, fan in zip([1, *topk], fans, strict=False)]  # the children of what is kept above
-        if len(topk) != len(tree.levels) or any(not 1 <= k <= n for k, n in zip(topk, most, strict=False)):
-            raise UserError(f"--topk {topk}: levels {tree.levels} have at most {most[: len(tree.levels)]} candidates")
-        # A level that reads several hidden states maps them to one of the encoder's width, as published; or it reads
-        # them as they are, and its rows are as wide as all of them together.
+        self.encoder = encoder
+        self.topk = topk  # clusters kept, per cluster level
+        self.layers = layers  # hidden states that each level reads
+        self.amp = "off"  # precision of the encoder; stage 4 chooses it
+        # Nodes per level, from the root to the slots: with 8 labels [1, 2, 4, 8].
+        self.counts = [1, *tree.levels, len(tree.slot_to_label)]
+        self.check(join)
+        n_levels = len(layers)
+
+        # A level that reads several hidden states maps them to one feature, as published ("map"). Or
+        # it reads them as they are, and its weights are as wide as all of them together ("none").
+        self.heads = nn.ModuleList()
+        for t, group in enumerate(layers):
+            width = encoder.width if join == "map" else len(group) * encoder.width
+            fan = self.counts[t + 1] // self.counts[t]
+            is_last = t == n_levels - 1
+            self.heads.append(Head(self.counts[t], fan, width, sparse=is_last))
+        self.join = nn.ModuleList()
+        for group in layers:
+            if join == "map" and len(group) > 1:
+                self.join.append(nn.Linear(len(group) * encoder.width, encoder.width))
+            else:
+                self.join.append(nn.Identity())
+        rates = dropout or DROPOUT.get(n_levels, (0.3,) * n_levels)
+        self.dropout = nn.ModuleList(nn.Dropout(rate) for rate in rates)
+
+        # Before a level sees a hidden state, the state is centred and scaled by one number. Stage 4
+        # computes both for a pretrained encoder. Until then they change nothing.
+        self.hidden = sorted({layer for group in layers for layer in group})
+        self.center_HD = nn.Buffer(torch.zeros(len(self.hidden), encoder.width))
+        self.scale_H = nn.Buffer(torch.ones(len(self.hidden)))
+
+        # The tree, as a permutation: which label stands in a slot (-1: none), and the other way round.
+        slot_to_label_S = torch.from_numpy(tree.slot_to_label).long()
+        n_empty = (slot_to_label_S < 0).sum()
+        label_to_slot_L = slot_to_label_S.argsort()[n_empty:]  # empty slots, -1, are sorted first
+        self.slot_to_label = nn.Buffer(slot_to_label_S, persistent=False)
+        self.label_to_slot = nn.Buffer(label_to_slot_L, persistent=False)
+        empty_CF = (slot_to_label_S < 0).view(self.counts[-2], -1)
+        self.empty = nn.Buffer(empty_CF, persistent=False)
+
+    def check(self, join: str) -> None:
+        """UserError unless tree, --topk, --layers and --join fit together."""
         if join not in ("map", "none"):
             raise UserError(f"--join {join}: expected map or none")
-        widths = [width if join == "map" else len(group) * width for group in layers]
-        self.heads = nn.ModuleList(Head(n, fan, wide, sparse=n == self.counts[-2])
-                                   for n, fan, wide in zip(self.counts, fans, widths, strict=False))
-        # Hidden states that some level reads. Before a level sees one, it is centred and scaled by one number: stage 4
-        # fills these in for a pretrained encoder, where most of a feature is a mean that all documents share.
-        self.hidden = sorted(set(sum(layers, [])))
-        self.center_HD = nn.Buffer(torch.zeros(len(self.hidden), width))
-        self.scale_H = nn.Buffer(torch.ones(len(self.hidden)))
-        self.join = nn.ModuleList(nn.Linear(len(group) * width, width) if join == "map" and len(group) > 1
-                                  else nn.Identity() for group in layers)
-        dropout = dropout or DROPOUT.get(n_levels, (0.3,) * n_levels)
-        self.dropout = nn.ModuleList(nn.Dropout(rate) for rate in dropout)
-        slots = torch.from_numpy(tree.slot_to_label).long()
-        self.slot_to_label = nn.Buffer(slots, persistent=False)
-        self.label_to_slot = nn.Buffer(slots.argsort()[(slots < 0).sum() :], persistent=False)  # empty ones sort first
-        self.empty = nn.Buffer((slots < 0).view(self.counts[-2], -1), persistent=False)
+        n_levels = len(self.counts) - 1
+        depth = self.encoder.depth
+        in_range = all(0 <= layer <= depth for group in self.layers for layer in group)
+        if len(self.layers) != n_levels or not in_range:
+            raise UserError(
+                f"--layers {self.layers}: expected {n_levels} groups of hidden states "
+                f"between 0 and {depth}"
+            )
+        # A level cannot keep more clusters than it scores: the children of the clusters kept above.
+        levels = self.counts[1:-1]
+        most = []
+        parents = 1
+        for t, k in enumerate(self.topk[: len(levels)]):
+            most.append(parents * (self.counts[t + 1] // self.counts[t]))
+            parents = k
+        fits = all(1 <= k <= n for k, n in zip(self.topk, most, strict=False))
+        if len(self.topk) != len(levels) or not fits:
+            raise UserError(f"--topk {self.topk}: levels {levels} have at most {most} candidates")
 
-    def pooled(self, batch: data_stage.Batch, encoder: Encoder | None = None) -> Tensor:
-        """(B, H, D): the hidden states that are read, pooled, of the model's encoder or of another.
-
-        Only the encoder computes in the precision `amp`: coarse logits would make ties.
-        """
+    def pooled(self, batch: data_stage.Batch, encoder: EncoderProtocol | None = None) -> Tensor:
+        """(B, H, D): the hidden states that are read, pooled, of the model's encoder or of another."""
         if batch.pooled_BHD is not None:
-            return batch.pooled_BHD
-        kind = batch.ids_BT.device.type
+            return batch.pooled_BHD  # stage 4 computed them before: the heads learn first
+        encoder = encoder or self.encoder
+        # Only the encoder computes in the precision `amp`. Coarse logits would make ties.
         dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
+        kind = batch.ids_BT.device.type
         with torch.autocast(kind, dtype, enabled=dtype is not None):
-            pooled = (encoder or self.encoder)(batch.ids_BT, batch.mask_BT, set(self.hidden))
-        return torch.stack([pooled[layer] for layer in self.hidden], dim=1)
+            features = encoder(batch.ids_BT, batch.mask_BT, set(self.hidden))
+        return torch.stack([features[layer] for layer in self.hidden], dim=1)
 
     def scaled(self, pooled_BHD: Tensor) -> Tensor:
         """The same, float32, centred, and each hidden state scaled by one number."""
-        return (pooled_BHD.to(self.center_HD.dtype) - self.center_HD) * self.scale_H[:, None]
+        pooled_BHD = pooled_BHD.to(self.center_HD.dtype)
+        return (pooled_BHD - self.center_HD) * self.scale_H[:, None]
 
-    def features(self, batch: data_stage.Batch, encoder: Encoder | None = None) -> list[Tensor]:
-        """(B, D) per level, float32: what the level reads, centred, scaled, and joined where it reads two."""
+    def features(
+        self, batch: data_stage.Batch, encoder: EncoderProtocol | None = None
+    ) -> list[Tensor]:
+        """What each level reads: a feature (B, D) per level, float32."""
         x_BHD = self.scaled(self.pooled(batch, encoder))
         features = []
         for group, join in zip(self.layers, self.join, strict=True):
             places = [self.hidden.index(layer) for layer in group]
-            features.append(join(torch.cat([x_BHD[:, place] for place in places], dim=1)))
+            side_by_side = torch.cat([x_BHD[:, place] for place in places], dim=1)
+            features.append(join(side_by_side))
         return features
 
-    def descend(self, features: list[Tensor], batch: data_stage.Batch, teacher: bool) -> Iterator[Level]:
-        """Yield the levels, coarse to fine. With `teacher` the positive nodes come first in every shortlist."""
-        parents_BK, picked_BK = torch.zeros_like(batch.ids_BT[:, :1]), None  # the root
+    def nodes(self, label_P: Tensor, t: int) -> Tensor:
+        """The node of level t above each label; level 0 is the root. A node is a division of a slot."""
+        slot_P = self.label_to_slot[label_P]
+        slots_per_node = self.counts[-1] // self.counts[t]
+        return slot_P // slots_per_node
+
+    def shortlist(
+        self, t: int, logits_BKF: Tensor, targets_BKF: Tensor | None, batch: data_stage.Batch
+    ) -> Tensor:
+        """Places (B, k) of the clusters that level t keeps, among its K * F candidates."""
+        return shortlist(logits_BKF, targets_BKF, self.topk[t])
+
+    def descend(
+        self, features: list[Tensor], batch: data_stage.Batch, teacher: bool
+    ) -> Iterator[Level]:
+        """Yield the levels, coarse to fine. With `teacher`, correct clusters come first."""
+        parents_BK = torch.zeros_like(batch.ids_BT[:, :1])  # everything begins at the root, node 0
+        picked_BK = None
+        last = len(self.heads) - 1
         for t, head in enumerate(self.heads):
             fan = self.counts[t + 1] // self.counts[t]
-            logits_BKF, targets_BKF = head(self.dropout[t](features[t]), parents_BK), None
-            if t == len(self.topk):
+            # 1. Score the children of the clusters kept one level up.
+            x_BD = self.dropout[t](features[t])
+            logits_BKF = head(x_BD, parents_BK)
+            if t == last:
                 logits_BKF = logits_BKF.masked_fill(self.empty[parents_BK], -torch.inf)
+            # 2. In training: which of them have a correct label below?
+            targets_BKF = None
             if teacher:
-                node_P = self.label_to_slot[batch.label_P] // (self.counts[-1] // self.counts[t + 1])
+                node_P = self.nodes(batch.label_P, t + 1)
                 targets_BKF = tree_stage.match(node_P, batch.doc_P, parents_BK, fan)
             yield Level(parents_BK, picked_BK, logits_BKF, targets_BKF)
-            if t < len(self.topk):
-                picked_BK = shortlist(logits_BKF, targets_BKF, self.topk[t])
-                parents_BK = tree_stage.expand(parents_BK, fan).gather(1, picked_BK)
+            # 3. Keep the best. They are the parents of the next level.
+            if t < last:
+                picked_BK = self.shortlist(t, logits_BKF, targets_BKF, batch)
+                candidates_BM = tree_stage.expand(parents_BK, fan)
+                parents_BK = candidates_BM.gather(1, picked_BK)
+
+    def level_loss(self, logits_BKF: Tensor, targets_BKF: Tensor) -> Tensor:
+        """Binary cross-entropy, summed over a document's candidates, averaged over the documents.
+
+        For a logit z and a target y in {0, 1} it is softplus(z) - y z, which is
+        -log sigmoid(z) for y = 1 and -log(1 - sigmoid(z)) for y = 0.
+        An empty slot has z = -inf: softplus makes its loss and its gradient exactly 0.
+        """
+        correct_BKF = torch.where(targets_BKF > 0, logits_BKF, 0.0)
+        return (functional.softplus(logits_BKF) - correct_BKF).sum() / len(logits_BKF)
 
     def loss(self, batch: data_stage.Batch) -> tuple[Tensor, Tensor]:
-        """(loss per level (levels,), positive nodes beyond the k of their level (), which go no further down).
-        Binary cross-entropy, summed over a document's candidates and averaged over the documents."""
-        losses, surplus = [], torch.zeros((), device=batch.ids_BT.device)
-        for t, level in enumerate(self.descend(self.features(batch), batch, teacher=True)):
-            z, y = level.logits_BKF, level.targets_BKF
-            # An empty slot has z = -inf: softplus makes its loss and its gradient exactly nothing.
-            losses.append((F.softplus(z) - torch.where(y > 0, z, 0.0)).sum() / len(z))
+        """(loss per level (levels,), surplus ()).
+
+        Surplus: how many correct nodes found no place in a shortlist, because a document has more of
+        them than the k that its level keeps. The labels below them are not trained in this step.
+        """
+        losses = []
+        surplus = torch.zeros((), device=batch.ids_BT.device)
+        features = self.features(batch)
+        for t, level in enumerate(self.descend(features, batch, teacher=True)):
+            losses.append(self.level_loss(level.logits_BKF, level.targets_BKF))
             if t < len(self.topk):
-                surplus += (y.sum((1, 2)) - self.topk[t]).clamp(min=0).sum()
+                correct_B = level.targets_BKF.sum((1, 2))
+                surplus += (correct_B - self.topk[t]).clamp(min=0).sum()
         return torch.stack(losses), surplus
 
     @torch.no_grad()
     def beam(self, batch: data_stage.Batch) -> tuple[Tensor, dict[str, Tensor], list[Tensor]]:
-        """(labels (B, K), {ranking: log-probability (B, K)}, clusters kept at each cluster level [(B, k)]), where K are
-        the candidates of the last level; an empty slot has label -1 and log-probability -inf."""
-        kept, scores = [], None
-        for level in self.descend(self.features(batch), batch, teacher=False):
+        """Search without a teacher, and score every label that is reached, M = K * F of them.
+
+        (labels (B, M), {ranking: log-probability (B, M)}, clusters kept at each cluster level
+        [(B, K)]). An empty slot has label -1 and log-probability -inf.
+        """
+        kept = []
+        scores = None
+        features = self.features(batch)
+        for level in self.descend(features, batch, teacher=False):
             if scores is not None:
                 kept.append(level.parents_BK)
-                scores = {name: score_BK.gather(1, level.picked_BK) for name, score_BK in scores.items()}
+                # From the scores of all candidates one level up to the scores of those kept.
+                scores = {name: score.gather(1, level.picked_BK) for name, score in scores.items()}
             scores = rank(level.logits_BKF, scores)
-        return self.slot_to_label[tree_stage.expand(level.parents_BK, level.logits_BKF.shape[2])], scores, kept
+        fan = level.logits_BKF.shape[2]
+        slots_BM = tree_stage.expand(level.parents_BK, fan)
+        return self.slot_to_label[slots_BM], scores, kept
 
-    def predict(self, batch: data_stage.Batch, k: int, ranking: str = "path") -> tuple[Tensor, Tensor]:
+    def predict(
+        self, batch: data_stage.Batch, k: int, ranking: str = "path"
+    ) -> tuple[Tensor, Tensor]:
         """The k best labels of the beam and their log-probabilities, as best_k gives them."""
-        labels_BK, scores, _ = self.beam(batch)
-        return best_k(labels_BK, scores[ranking], k)
+        labels_BM, scores, _ = self.beam(batch)
+        return best_k(labels_BM, scores[ranking], k)
 
     def param_groups(self, lr: float, lr_encoder: float) -> list[dict]:
-        """Parameters for the optimisers, with the paper's weight decays; none on biases and normalisations. "rows":
-        for RowAdam. The word embeddings of an encoder from scratch learn at the rate of the heads."""
-        table = self.encoder.backbone.get_input_embeddings().weight if self.encoder.from_scratch else None
-        rows = {id(parameter) for head in self.heads if head.sparse for parameter in head.parameters()}
+        """Parameters for the optimisers, with the paper's weight decay and two learning rates.
+
+        "rows" marks the groups that RowAdam trains: the weights of the labels.
+        """
+        rows = set()
+        for head in self.heads:
+            if head.sparse:
+                rows.update(id(parameter) for parameter in head.parameters())
         groups: dict[tuple[float, float, bool], list] = {}
         for name, parameter in self.named_parameters():
-            in_encoder = name.startswith("encoder.") and parameter is not table
-            decay = 0.0 if parameter.ndim == 1 or name.endswith("bias") else 0.05 if in_encoder else 0.005
-            groups.setdefault((lr_encoder if in_encoder else lr, decay, id(parameter) in rows), []).append(parameter)
-        return [dict(zip(("lr", "weight_decay", "rows"), key, strict=True), params=groups[key]) for key in groups]
+            in_encoder = name.startswith("encoder.") and parameter is not self.encoder.table
+            if parameter.ndim == 1 or name.endswith("bias"):
+                decay = 0.0  # biases and normalisations
+            else:
+                decay = 0.05 if in_encoder else 0.005
+            rate = lr_encoder if in_encoder else lr
+            key = (rate, decay, id(parameter) in rows)
+            groups.setdefault(key, []).append(parameter)
+        return [
+            {"params": parameters, "lr": rate, "weight_decay": decay, "rows": is_rows}
+            for (rate, decay, is_rows), parameters in groups.items()
+        ]
+
+
+# 5. From the command line to a model.
 
 
 def rates(text: str, n_levels: int) -> list[float] | None:
-    """'0.2,0.3,0.4' or, for all levels, '0.2' -> dropout rates; '' -> None, as published."""
+    """'0.2,0.3,0.4', or '0.2' for all levels, as dropout rates. None for '': as published."""
     if not text:
         return None
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
         found = []
-    found = found * n_levels if len(found) == 1 else found
+    if len(found) == 1:
+        found = found * n_levels
     if len(found) != n_levels or not all(0 <= rate < 1 for rate in found):
-        raise UserError(f"--dropout {text}: expected one number from 0 to 1, or one for each of {n_levels} levels")
+        raise UserError(
+            f"--dropout {text}: expected one number from 0 to 1, or one for each of {n_levels} levels"
+        )
     return found
 
 
-def build(data: data_stage.Data, tree: tree_stage.Tree, config: Config, backbone=None) -> Cascade:
+def build(
+    data: data_stage.Data,
+    tree: tree_stage.Tree,
+    config: Config,
+    encoder: EncoderProtocol | None = None,
+) -> Cascade:
     """The cascade before training, or around an encoder that is there already."""
     torch.manual_seed(config.seed)
-    from_scratch = data.meta["encoder"] == "tiny"
-    if backbone is None:
-        backbone = (tiny_bert(*int_list(config.tiny, "--tiny", 2), data.meta) if from_scratch
-                    else pretrained_encoder(data.meta))
-    # In float32 whatever the checkpoint's type: mixed precision is for the computation, not for the weights.
-    encoder = Encoder(backbone.float(), config.pooling, config.max_len, from_scratch)
-    topk = int_list(config.topk, "--topk") if config.topk else [min(n, 192 << t) for t, n in enumerate(tree.levels)]
-    layers = ([int_list(group.replace("+", ","), "--layers") for group in config.layers.split(",")] if config.layers
-              else choose_layers(backbone.config.num_hidden_layers, len(tree.levels) + 1))
-    model = Cascade(encoder, tree, topk, layers, config.join, rates(config.dropout, len(tree.levels) + 1))
-    leaf = model.heads[-1].weight
-    leaf.data = leaf.data.bfloat16() if config.label_bf16 else leaf.data
+    if encoder is None:
+        encoder = make_encoder(data, config)
+    if config.topk:
+        topk = int_list(config.topk, "--topk")
+    else:
+        # 192 clusters, and twice as many at each finer level.
+        topk = [min(n, 192 * 2**t) for t, n in enumerate(tree.levels)]
+    n_levels = len(tree.levels) + 1
+    if config.layers:
+        groups = config.layers.split(",")
+        layers = [int_list(group.replace("+", ","), "--layers") for group in groups]
+    else:
+        layers = choose_layers(encoder.depth, n_levels)
+    dropout = rates(config.dropout, n_levels)
+    model = Cascade(encoder, tree, topk, layers, config.join, dropout)
+    if config.label_bf16:
+        label_weight = model.heads[-1].weight
+        label_weight.data = label_weight.data.bfloat16()
     return model
 
 
 def run(config: Config) -> None:
-    data, tree = data_stage.load(config.run), tree_stage.load(config.run)
+    """Walk through one batch of four documents and print every shape."""
+    data = data_stage.load(config.run)
+    tree = tree_stage.load(config.run)
     config = settle(config, RECIPES, data.meta["encoder"])
     model = build(data, tree, config).eval()
-    batch = data.batch("train", np.arange(4), config.max_len)
     for name, part in (("encoder", model.encoder), ("heads", model.heads)):
-        print(f"{name}: {sum(parameter.numel() for parameter in part.parameters()):,} parameters")
-    print(f"a batch of 4 documents: ids_BT {tuple(batch.ids_BT.shape)}, {len(batch.doc_P)} (document, label) pairs")
+        n_parameters = sum(parameter.numel() for parameter in part.parameters())
+        print(f"{name}: {n_parameters:,} parameters")
+
+    batch = data.batch("train", np.arange(4), config.max_len)
+    ids_shape = tuple(batch.ids_BT.shape)
+    print(f"a batch of 4 documents: ids_BT {ids_shape}, {len(batch.doc_P)} (document, label) pairs")
     features = model.features(batch)
     for t, level in enumerate(model.descend(features, batch, teacher=True)):
-        print(f"level {t + 1}: hidden states {model.layers[t]} -> feature_BD {tuple(features[t].shape)}; parents_BK "
-              f"{tuple(level.parents_BK.shape)} -> logits_BKF {tuple(level.logits_BKF.shape)}: each document scores "
-              f"{level.logits_BKF[0].numel():,} of {model.counts[t + 1]:,} nodes, "
-              f"{int(level.targets_BKF.sum())} positive")
-    print(f"loss per level: {[round(loss, 2) for loss in model.loss(batch)[0].tolist()]}; "
-          f"predict(batch, 5): labels and log-probabilities {[tuple(x.shape) for x in model.predict(batch, 5)]}")
+        n_scored = level.logits_BKF[0].numel()
+        n_correct = int(level.targets_BKF.sum())
+        print(
+            f"level {t + 1}: hidden states {model.layers[t]} -> "
+            f"feature_BD {tuple(features[t].shape)}; "
+            f"parents_BK {tuple(level.parents_BK.shape)} -> "
+            f"logits_BKF {tuple(level.logits_BKF.shape)}: each document scores "
+            f"{n_scored:,} of {model.counts[t + 1]:,} nodes, {n_correct} positive"
+        )
+    losses, _ = model.loss(batch)
+    labels, scores = model.predict(batch, 5)
+    rounded = [round(loss, 2) for loss in losses.tolist()]
+    print(
+        f"loss per level: {rounded}; predict(batch, 5): labels and log-probabilities "
+        f"{[tuple(labels.shape), tuple(scores.shape)]}"
+    )
 
 
 if __name__ == "__main__":

@@ -44,7 +44,8 @@ def settings(config: Any) -> dict:
 def settle(config: Any, recipes: dict[str, dict], encoder: str) -> Any:
     """The settings, with those left open (None) taken from the recipe for 'tiny' or for 'pretrained' encoders."""
     recipe = recipes["tiny" if encoder == "tiny" else "pretrained"]
-    return dataclasses.replace(config, **{key: value for key, value in recipe.items() if getattr(config, key) is None})
+    left_open = {key: value for key, value in recipe.items() if getattr(config, key, "no such setting") is None}
+    return dataclasses.replace(config, **left_open)
 
 
 def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:

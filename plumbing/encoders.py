@@ -36,16 +36,6 @@ def pretrained_encoder(meta: dict) -> nn.Module:
     return backbone
 
 
-def tiny_bert(depth: int, width: int, meta: dict) -> nn.Module:
-    """A small BERT to be trained from scratch, without dropout: the heads have theirs. `meta` is that of data.npz."""
-    from transformers import AutoModel, BertConfig
-
-    return AutoModel.from_config(BertConfig(
-        vocab_size=meta["vocab_size"], pad_token_id=meta["pad"], type_vocab_size=1, num_hidden_layers=depth,
-        hidden_size=width, intermediate_size=2 * width, num_attention_heads=math.gcd(width, max(1, width // 64)),
-        hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0))
-
-
 def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> nn.Module:
     """An encoder from its stored configuration, without weights; needs no hub. The configuration may come from
     anywhere: whatever makes the library fetch code is left out, and UserError is raised before an encoder is made that

@@ -1,53 +1,138 @@
-"""The label level, by far the biggest: a step reads and writes the clusters of its shortlists, a chunk at a time, and
-their gradient need not be there as a whole. 03_model.py uses ShortlistProduct for the logits, 04_train.py RowAdam.
+"""The label level: how it computes its logits, and how its weights learn. Stages 3 and 4 use it.
 
-The U clusters that any document of a batch keeps are together a small dense layer (U, F, D). One product for the batch
-gives its logits, those that a document did not ask for included: as soon as shortlists overlap, that is cheaper than to
-gather every document's own weights, (B, K, F, D) numbers. Backward, with dz the gradient of the logits, scattered into
-(B, U, F), one more product gives the gradient of the features, dz W. The gradient of the weights is dz^T x. It is as
-big as the layer itself, so it is not built. It is left as its two factors, Factors, until the optimiser multiplies them
-chunk by chunk and uses each chunk up at once; only when the gradients of several batches are added up is their sum made
-whole.
+A label level has millions of weights: labels x width. A batch needs few of them, the clusters on its
+shortlists. So a step should read and write those clusters and nothing else, and it should never hold
+a gradient as big as the layer. This file does both: ShortlistProduct for the logits, RowAdam for the
+step. What they compute is nothing special: 03_model.py has the plain form, and the tests compare.
 
-Not here: several devices; momentum, a second number per weight.
-Shapes   B batch, D width, C clusters, F children of each (fan), K kept for a document, U kept for any of a batch
+Forward. U is the number of clusters that any document of the batch keeps. Together they are a small
+dense layer, (U, F, D). One product of the batch's features with it gives the logits (B, U, F), and
+every document picks its own K clusters. This computes some logits that a document did not ask for.
+As soon as shortlists overlap it is still cheaper than gathering weights for every document, which
+would be (B, K, F, D) numbers.
+
+Backward. Let dz be the gradient of the logits, scattered into (B, U, F). Then
+
+    the gradient of the features is  dz W       one more product with the same small layer
+    the gradient of the weights is   dz^T x     as big as the small layer: it is never built
+
+We keep the two factors dz and x. The optimiser multiplies them for a chunk of clusters at a time,
+updates these weights at once, and forgets the chunk. Only when the gradients of several batches are
+added up (--accumulate) is their sum made whole.
+
+Left out: several devices; momentum, which would be a second number per weight.
+Shapes   B documents of a batch, D width, C clusters, F children of each (fan), K clusters kept for a
+         document, U clusters kept by any document of the batch, R rows: U x F
 """
 
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.optim.optimizer import register_optimizer_step_pre_hook
 
-CHUNK = {"cpu": 2**17, "cuda": 2**25}  # weights that are worked on at a time: on a CPU, what its caches hold
-BOUND = 10.0  # learning rates that a weight moves in a step at most
-SUMMED = 1024  # clusters whose squares are formed at a time
+# Weights that are worked on at a time. On a CPU: as many as its caches hold.
+CHUNK = {"cpu": 2**17, "cuda": 2**25}
+BOUND = 10.0  # learning rates that a weight moves in one step at most
+SUMMED = 1024  # clusters whose squares are summed at a time
 FLOOR = 1e-3  # of the mean: what is added to the squares of every feature
 
 
 def product(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor) -> Tensor:
-    """Logits (B, C, F) of some clusters or of all: one product for the batch, in the precision of the weights."""
-    logits = x_BD.to(weight_CFD.dtype) @ weight_CFD.flatten(0, 1).T
-    return logits.view(len(x_BD), *bias_CF.shape) + bias_CF
+    """Logits (B, C, F) of all the clusters given: one product, in the precision of the weights."""
+    weight_RD = weight_CFD.flatten(0, 1)
+    logits_BR = x_BD.to(weight_CFD.dtype) @ weight_RD.T
+    return logits_BR.view(len(x_BD), *bias_CF.shape) + bias_CF
 
 
 def touched(clusters_BK: Tensor, n_clusters: int, wait: bool) -> tuple[Tensor, Tensor]:
-    """(clusters (U,) that occur, place (B, K) of each among them). To count them, a GPU would have to be waited for:
-    without `wait`, in training, U is the most there can be, min(B * K, n_clusters), filled up with others."""
+    """(clusters (U,) that occur in the batch, place (B, K) of each document's clusters among them).
+
+    To count them, one would have to wait for a GPU. Without `wait`, in training, U is the most that
+    there can be, min(B * K, n_clusters): the places left over are filled up with other clusters.
+    """
     if wait:
-        return clusters_BK.unique(return_inverse=True)
-    occurs_C = torch.zeros(n_clusters, dtype=torch.uint8, device=clusters_BK.device)
-    filled_C = occurs_C.scatter_(0, clusters_BK.flatten(), 1).argsort(descending=True, stable=True)
-    place_C = torch.empty_like(filled_C).scatter_(0, filled_C, torch.arange(n_clusters, device=filled_C.device))
-    return filled_C[: min(clusters_BK.numel(), n_clusters)], place_C[clusters_BK]
+        clusters_U, place_BK = clusters_BK.unique(return_inverse=True)
+        return clusters_U, place_BK
+    device = clusters_BK.device
+    occurs_C = torch.zeros(n_clusters, dtype=torch.uint8, device=device)
+    occurs_C.scatter_(0, clusters_BK.flatten(), 1)
+    # The clusters that occur first, then the others, each group in ascending order.
+    filled_C = occurs_C.argsort(descending=True, stable=True)
+    place_C = torch.empty_like(filled_C)
+    place_C.scatter_(0, filled_C, torch.arange(n_clusters, device=device))
+    most = min(clusters_BK.numel(), n_clusters)
+    return filled_C[:most], place_C[clusters_BK]
 
 
 class Factors(NamedTuple):
-    """A gradient (C, F, D) by its factors: of cluster u it is the sum over documents of dz_BUF[b, u] x_BD[b]."""
+    """A gradient (U, F, D) as two factors: for cluster u the sum over documents of dz[b, u] x[b]."""
 
     clusters_U: Tensor  # int64
     dz_BUF: Tensor  # float32, gradient of the logits
     x_BD: Tensor  # float32, input of the head
+
+
+def times(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
+    """The gradient (U, F, D) that two factors stand for."""
+    gradient_RD = dz_BUF.flatten(1).T @ x_BD
+    return gradient_RD.view(*dz_BUF.shape[1:], -1)
+
+
+class ShortlistProduct(torch.autograd.Function):
+    """Logits (B, K, F) of the children of each document's clusters (B, K).
+
+    Backward leaves no .grad at weight (C, F, D) and bias (C, F). It leaves .factors, a list with one
+    item per backward pass. Only RowAdam.step() uses it up.
+    """
+
+    @staticmethod
+    def forward(
+        ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor, learns: bool = True
+    ) -> Tensor:
+        wait = not (x_BD.is_cuda and learns)
+        clusters_U, place_BK = touched(clusters_BK, len(weight), wait=wait)
+        fan = weight.shape[1]
+        index_BKF = place_BK[..., None].expand(-1, -1, fan)
+        ctx.save_for_backward(x_BD, clusters_U, index_BKF)
+        ctx.parameters = weight, bias  # the parameters themselves, not what autograd saves of them
+        ctx.n = max(1, CHUNK[x_BD.device.type] // weight[0].numel())
+        parts = []
+        for clusters in clusters_U.split(ctx.n):
+            weight_nFD = weight.index_select(0, clusters)
+            bias_nF = bias.index_select(0, clusters)
+            parts.append(product(x_BD, weight_nFD, bias_nF))
+        logits_BUF = torch.cat(parts, dim=1)
+        return logits_BUF.gather(1, index_BKF)
+
+    @staticmethod
+    def backward(ctx, dz_BKF: Tensor) -> tuple[Tensor | None, ...]:
+        x_BD, clusters_U, index_BKF = ctx.saved_tensors
+        weight, bias = ctx.parameters
+        dz_BUF = dz_BKF.new_zeros(len(x_BD), len(clusters_U), weight.shape[1])
+        dz_BUF.scatter_add_(1, index_BKF, dz_BKF)
+
+        if ctx.needs_input_grad[1]:
+            # A bias is a weight whose only feature is always 1.
+            ones = x_BD.new_ones(1, 1)
+            leave(weight, Factors(clusters_U, dz_BUF, x_BD.detach()))
+            leave(bias, Factors(clusters_U, dz_BUF.sum(0, keepdim=True), ones))
+
+        dx_BD = None
+        if ctx.needs_input_grad[0]:  # features from a cache do not learn
+            parts = []
+            for dz, clusters in zip(dz_BUF.split(ctx.n, 1), clusters_U.split(ctx.n), strict=True):
+                weight_nFD = weight.index_select(0, clusters)
+                part_BD = dz.flatten(1).to(weight.dtype) @ weight_nFD.flatten(0, 1)
+                parts.append(part_BD.to(x_BD.dtype))
+            dx_BD = sum(parts)
+        return dx_BD, None, None, None, None
+
+
+def leave(parameter: Tensor, factors: Factors) -> None:
+    """Add the factors of one backward pass to those that wait for RowAdam."""
+    parameter.factors = [*getattr(parameter, "factors", []), factors]
 
 
 class Gradient:
@@ -78,31 +163,37 @@ class Gradient:
     def squares_of_features(self) -> Tensor:
         """(D,) squares of the gradient, summed over all rows.
 
-        From the factors, sum_r (sum_b dz_br x_bd)^2 = sum_bc x_bd (sum_r dz_br dz_cr) x_cd: a product of documents
-        with documents comes first, so that the gradient itself is not needed.
+        From the factors, sum_r (sum_b dz_br x_bd)^2 = sum_bc x_bd (sum_r dz_br dz_cr) x_cd. The
+        product of documents with documents comes first, so the gradient itself is not needed.
         """
         if self.sum_UFD is not None:
-            return torch.stack([part.square().sum((0, 1)) for part in self.sum_UFD.split(SUMMED)]).sum(0)
+            parts = [part.square().sum((0, 1)) for part in self.sum_UFD.split(SUMMED)]
+            return torch.stack(parts).sum(0)
         dz_BR = self.dz_BUF[0].flatten(1)
         x_BD = self.x_BD[0]
         between_BB = dz_BR @ dz_BR.T
-        return (x_BD * (between_BB @ x_BD)).sum(0).clamp(min=0)  # rounding may go below nothing
+        squares_D = (x_BD * (between_BB @ x_BD)).sum(0)
+        return squares_D.clamp(min=0)  # rounding may go below zero
 
     def bound_of_rows(self, scale_D: Tensor) -> Tensor:
-        """(U, F): no entry of a row of the scaled gradient is larger than this, the smaller of two bounds.
+        """(U, F): no entry of a row of the scaled gradient is larger than this.
 
-        |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|             sharp where few documents pull at a row
-        |sum_b dz_b x_bd| <= |dz| max_d |x_d|, both of length B    sharp where many do (Cauchy and Schwarz)
+        It is the smaller of two bounds, both cheap to compute from the factors:
+
+        |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|             sharp if few documents pull at a row
+        |sum_b dz_b x_bd| <= |dz| max_d |x_d|, both of length B    sharp if many do (Cauchy, Schwarz)
         """
         bounds = []
         for dz_BUF, x_BD in zip(self.dz_BUF, self.x_BD, strict=True):
-            x_BD = x_BD * scale_D
-            by_few = torch.einsum("buf,b->uf", dz_BUF.abs(), x_BD.abs().amax(1))
-            by_many = torch.linalg.vector_norm(dz_BUF, dim=0) * torch.linalg.vector_norm(x_BD, dim=0).max()
+            scaled_BD = x_BD * scale_D
+            largest_B = scaled_BD.abs().amax(1)
+            by_few = torch.einsum("buf,b->uf", dz_BUF.abs(), largest_B)
+            length_UF = torch.linalg.vector_norm(dz_BUF, dim=0)
+            by_many = length_UF * torch.linalg.vector_norm(scaled_BD, dim=0).max()
             bounds.append(torch.minimum(by_few, by_many))
         if self.sum_UFD is None:
             return bounds[0]
-        # Of several batches: what each could add.
+        # Of several batches: the sum of what each could add.
         bound_UF = bounds[0].new_zeros(self.sum_UFD.shape[:2])
         for place, part_UF in zip(self.place_U, bounds, strict=True):
             bound_UF.index_add_(0, place, part_UF)
@@ -117,70 +208,45 @@ class Gradient:
             yield clusters, times(dz_BnF, self.x_BD[0])
 
 
-def times(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
-    """The gradient (U, F, D) that two factors stand for."""
-    return (dz_BUF.flatten(1).T @ x_BD).view(*dz_BUF.shape[1:], -1)
-
-
-class ShortlistProduct(torch.autograd.Function):
-    """Logits (B, K, F) of the children of each document's clusters (B, K), from weight (C, F, D) and bias (C, F). Those
-    two get no .grad but .factors, a list with an item per backward pass, which only RowAdam.step() empties."""
-
-    @staticmethod
-    def forward(ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor, learns: bool = True) -> Tensor:
-        clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not (x_BD.is_cuda and learns))
-        index_BKF = place_BK[..., None].expand(-1, -1, weight.shape[1])
-        ctx.save_for_backward(x_BD, clusters_U, index_BKF)
-        ctx.parameters = weight, bias  # themselves, not what autograd saves of them
-        ctx.n = max(1, CHUNK[x_BD.device.type] // weight[0].numel())
-        parts = [product(x_BD, weight.index_select(0, u), bias.index_select(0, u)) for u in clusters_U.split(ctx.n)]
-        return torch.cat(parts, dim=1).gather(1, index_BKF)
-
-    @staticmethod
-    def backward(ctx, dz_BKF: Tensor) -> tuple[Tensor | None, ...]:
-        (x_BD, clusters_U, index_BKF), (weight, bias) = ctx.saved_tensors, ctx.parameters
-        dz_BUF = dz_BKF.new_zeros(len(x_BD), len(clusters_U), weight.shape[1]).scatter_add_(1, index_BKF, dz_BKF)
-        if ctx.needs_input_grad[1]:
-            of_bias = dz_BUF.sum(0, keepdim=True), x_BD.new_ones(1, 1)
-            for parameter, factors in ((weight, (dz_BUF, x_BD.detach())), (bias, of_bias)):
-                parameter.factors = [*getattr(parameter, "factors", []), Factors(clusters_U, *factors)]
-        if not ctx.needs_input_grad[0]:  # features from a cache: nobody asks for their gradient
-            return None, None, None, None, None
-        parts = zip(dz_BUF.split(ctx.n, 1), clusters_U.split(ctx.n), strict=True)
-        dx = [dz.flatten(1).to(weight.dtype) @ weight.index_select(0, u).flatten(0, 1) for dz, u in parts]
-        return sum(part_BD.to(x_BD.dtype) for part_BD in dx), None, None, None, None
-
-
 def round_stochastically(values: Tensor) -> Tensor:
-    """bfloat16 of float32, up or down at random so that the mean is right: rounding to the nearest would lose every
-    change of a weight by less than a five-hundredth of itself."""
+    """bfloat16 of float32, rounded up or down at random, so that the mean is right.
+
+    Rounding to the nearest would lose every change of a weight by less than a five-hundredth of it.
+    A bfloat16 is the upper half of a float32. Adding a random lower half carries into the upper one
+    with just the probability that rounding needs.
+    """
     noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device)
-    return ((values.view(torch.int32) + noise) & -(1 << 16)).view(torch.float32).to(torch.bfloat16)
+    upper_half = (values.view(torch.int32) + noise) & -(1 << 16)
+    return upper_half.view(torch.float32).to(torch.bfloat16)
 
 
 class RowAdam(torch.optim.Optimizer):
-    """Adam for the rows of labels. It reads and writes the clusters that the gradient names, and no others.
+    """Adam for the rows of labels. It reads and writes the clusters that the gradient names.
 
-    Instead of two moments per weight it keeps the second moment in two factors (Adafactor, Shazeer and Stern 2018):
-    one number per feature, f, and one per row, v. A step is
+    Adam keeps a second moment for every weight. RowAdam keeps it as two factors (Adafactor, Shazeer
+    and Stern 2018): one number per feature, f, and one per row, v. A step is
 
-        f <- beta f + (1 - beta) sum_rows(g^2)        how large the gradient of each feature is, in all rows
-        v <- beta v + (1 - beta) mean_features(g^2)   how large the gradient of each row is; bias-corrected, see below
+        f <- beta f + (1 - beta) sum_rows(g^2)        how large a feature's gradient is, in all rows
+        v <- beta v + (1 - beta) mean_features(g^2)   how large a row's gradient is; corrected, below
         w <- w - lr (g / sqrt(v f / mean(f)) + decay w)
 
-    f and v are updated first, and divide afterwards: the divisor already contains the gradient of this very step. A
-    gradient that is suddenly large makes its own divisor large, so a feature that was always zero, or a row that never
-    had a gradient, may become active without a huge step. Two factors are not the whole second moment, though: a row
-    whose gradient stands in features that are small everywhere else would still go far. So the step of every row is
-    capped: no weight moves further than BOUND learning rates, by construction. The cap is computed from the factors,
-    which costs little. It looks at what documents could add up to, and they cancel in part, so it also slows down one
-    or two rows in a hundred that needed no cap.
+    f and v are updated first and divide afterwards, so the divisor already contains the gradient of
+    this very step. A gradient that is suddenly large makes its own divisor large. That is why a
+    feature that was always zero, or a row that never had a gradient, may become active without a huge
+    step.
 
-    A feature may be dead: zero in every document. FLOOR keeps its scale finite and does not blow up rounding noise.
+    Two factors are not the whole second moment, though. A row whose gradient stands in features that
+    are small everywhere else would still go far. So the step of every row is capped: no weight moves
+    further than BOUND learning rates. The cap is computed from the factors, which costs little. It
+    looks at what documents could add up to, and in truth they cancel in part, so it also slows down
+    one or two rows in a hundred that needed no cap.
 
-    v starts at 0 and is too small in a row's first steps. c is updated as v is, with 1 in place of the square, so that
-    v / c is a true mean over the steps in which the row had a gradient. Rows without any gradient, such as empty slots,
-    stay as they are. bfloat16 is rounded stochastically.
+    A feature may be dead: zero in every document. FLOOR keeps its scale finite, so that rounding noise
+    is not blown up.
+
+    v starts at 0 and is too small in a row's first steps. c is updated as v is, with 1 in place of the
+    square, so that v / c is a true mean over the steps in which the row had a gradient. Rows without
+    any gradient, such as empty slots, stay as they are. bfloat16 is rounded stochastically.
     """
 
     def __init__(self, groups: list[dict], beta: float = 0.99) -> None:
@@ -189,44 +255,75 @@ class RowAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, scale: Tensor | float = 1.0) -> None:
-        """One step, which uses the gradients up; `scale`: what the loss was multiplied by."""
+        """One step, which uses the gradients up. `scale`: what the loss was multiplied by (fp16)."""
         for group in self.param_groups:
             for weight in group["params"]:
                 parts = weight.__dict__.pop("factors", [])
                 if parts:
-                    self.update(weight, Gradient(parts, scale), group["lr"], group["weight_decay"])
+                    gradient = Gradient(parts, scale)
+                    self.update(weight, gradient, group["lr"], group["weight_decay"])
 
     def update(self, weight: Tensor, gradient: Gradient, lr: float, decay: float) -> None:
-        """One step of a weight (C, F, D) or a bias (C, F), whose rows have a single feature."""
+        """One step of a weight (C, F, D), or of a bias (C, F), whose rows have a single feature."""
         state = self.state[weight]
         if not state:
-            state["rows"] = torch.zeros(*weight.shape[:2], 2, device=weight.device)
-            state["features"] = torch.zeros(weight.shape[2:] or 1, device=weight.device)
-        features_D = state["features"]
-        features_D.mul_(self.beta).add_(gradient.squares_of_features(), alpha=1 - self.beta)
-        mean = features_D.mean()
-        scale_D = ((mean + 1e-30) / (features_D + FLOOR * mean + 1e-30)).sqrt()
-
+            state["rows"] = torch.zeros(*weight.shape[:2], 2, device=weight.device)  # v and c
+            state["features"] = torch.zeros(weight.shape[2:] or 1, device=weight.device)  # f
+        # 1. The second moment of the features, and from it a factor for each.
+        f_D = state["features"]
+        f_D.mul_(self.beta).add_(gradient.squares_of_features(), alpha=1 - self.beta)
+        mean = f_D.mean()
+        scale_D = ((mean + 1e-30) / (f_D + FLOOR * mean + 1e-30)).sqrt()
         bound_UF = gradient.bound_of_rows(scale_D)
+
         n = max(1, CHUNK[weight.device.type] // weight[0].numel())
         for (clusters, g), bound in zip(gradient.chunks(n), bound_UF.split(n), strict=True):
-            # The row's mean square, of this step too. A row without a gradient keeps its history.
+            # 2. The second moment of the rows. A row without a gradient keeps its history.
             square = torch.linalg.vector_norm(g, dim=2, keepdim=True).square() / g.shape[2]
             here = (square > 0).float()
             vc = state["rows"].index_select(0, clusters)
             vc.lerp_(torch.cat([square, here], 2), (1 - self.beta) * here)
             state["rows"].index_copy_(0, clusters, vc)
             v, c = vc.split(1, 2)
+
+            # 3. What the gradient is divided by. Where the row could go too far, more than that.
             size = (v / c.clamp(min=1e-12)).sqrt()
             size = torch.maximum(size, bound[..., None] / BOUND) + 1e-12
 
+            # 4. The step.
             w = weight.index_select(0, clusters).float()
-            w.view_as(g).mul_(1 - lr * decay * here).addcmul_(g.mul_(scale_D), lr * here / size, value=-1)
+            step = g.mul_(scale_D)
+            w.view_as(g).mul_(1 - lr * decay * here).addcmul_(step, lr * here / size, value=-1)
             if weight.dtype == torch.bfloat16:
                 w = round_stochastically(w)
             weight.index_copy_(0, clusters, w)
 
     def load_state_dict(self, state_dict: dict) -> None:
-        super().load_state_dict(state_dict)  # which turns everything to the type of the weights
+        """Load a state, and keep its numbers float32 where the weights are bfloat16."""
+        super().load_state_dict(state_dict)  # this one turns everything into the type of the weights
         for weight, saved in zip(self.state, state_dict["state"].values(), strict=True):
             self.state[weight] = {key: value.to(weight.device) for key, value in saved.items()}
+
+
+def refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
+    """RuntimeError if an optimiser other than RowAdam is about to step over weights with factors."""
+    if isinstance(optimizer, RowAdam):
+        return
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            if getattr(parameter, "factors", None):
+                raise RuntimeError(
+                    f"{type(optimizer).__name__} cannot train the weights of a sparse head: they have "
+                    "no .grad, and the factors of their gradient would pile up. Give the groups of "
+                    'model.param_groups() that are marked "rows" to plumbing.label_level.RowAdam, '
+                    "or build the head with sparse=False"
+                )
+
+
+HOOKS = []  # one for the whole process
+
+
+def refuse_other_optimizers() -> None:
+    """From now on torch asks `refuse` before any optimiser's step."""
+    if not HOOKS:
+        HOOKS.append(register_optimizer_step_pre_hook(refuse))

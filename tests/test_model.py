@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from plumbing import label_level
-from plumbing.encoders import tiny_bert
 from plumbing.errors import UserError
 
 model_stage = stages.model
@@ -113,6 +112,52 @@ def test_a_sparse_head_equals_a_dense_one(wait, monkeypatch):
     assert sparse.weight.grad is None and len(sparse.weight.factors) == 2
     for expected, found in zip(grads["dense"], grads["sparse"], strict=True):
         torch.testing.assert_close(found, expected)
+
+
+def test_both_heads_compute_the_plain_logits_gradients_and_step():
+    """Each document gathers its candidates' weights, autograd does the rest, and one step of plain gradient descent
+    with the sizes that RowAdam divides by is RowAdam's step."""
+    generator = torch.Generator().manual_seed(0)
+    clusters = torch.tensor([[1, 7, 4], [3, 7, 29]])
+    x = torch.randn(2, 16, generator=generator)
+    weight = torch.randn(30, 3, 16, generator=generator)
+    bias = torch.randn(30, 3, generator=generator)
+
+    def backward(logits_of):
+        feature = x.clone().requires_grad_()
+        logits = logits_of(feature)
+        logits.sin().sum().backward()
+        return logits.detach(), feature.grad
+
+    plain_weight = weight.clone().requires_grad_()
+    plain_bias = bias.clone().requires_grad_()
+    plain = backward(lambda feature: model_stage.plain_logits(feature, plain_weight, plain_bias, clusters))
+    for sparse in (False, True):
+        head = model_stage.Head(30, 3, 16, sparse=sparse)
+        head.load_state_dict({"weight": weight, "bias": bias})
+        for found, expected in zip(backward(lambda feature: head(feature, clusters)), plain, strict=True):  # noqa: B023
+            torch.testing.assert_close(found, expected)
+        torch.testing.assert_close(gradient(head.weight), plain_weight.grad)
+        torch.testing.assert_close(gradient(head.bias), plain_bias.grad)
+    # One step of RowAdam, in the plain form: in the first step v and f are this step's mean squares.
+    g = plain_weight.grad.double()
+    v = g.square().mean(2, keepdim=True)
+    f = g.square().sum((0, 1))
+    scale = (f.mean() / (f + label_level.FLOOR * f.mean())).sqrt()
+    expected = weight - 1e-2 * (g * scale / (v.sqrt() + 1e-12)).float()
+    label_level.RowAdam([{"params": [head.weight], "lr": 1e-2}]).step()
+    torch.testing.assert_close(head.weight.detach(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_another_optimiser_refuses_the_weights_of_a_sparse_head():
+    head = model_stage.Head(30, 3, 16, sparse=True)
+    optimizer = torch.optim.AdamW(head.parameters())
+    optimizer.step()  # nothing waits for a step yet
+    head(torch.ones(2, 16), torch.tensor([[1], [2]])).sum().backward()
+    with pytest.raises(RuntimeError, match="AdamW cannot train the weights of a sparse head.*RowAdam"):
+        optimizer.step()
+    label_level.RowAdam([{"params": list(head.parameters())}]).step()
+    optimizer.step()
 
 
 class Watch(TorchDispatchMode):
@@ -377,7 +422,7 @@ def test_layers_that_the_encoder_does_not_have_are_refused():
 
 
 @pytest.mark.parametrize("n_labels", [1, 2, 3, 9, 31, 100, 5000])
-def test_defaults_fit_any_number_of_labels(done, n_labels):
+def test_defaults_fit_any_number_of_labels(done, n_labels, monkeypatch):
     """Levels, shortlists and layers that nobody named work from one label up; the encoder is kept in float32."""
     levels = stages.tree.choose_levels(n_labels)
     bounds = np.array([0, n_labels])
@@ -386,8 +431,9 @@ def test_defaults_fit_any_number_of_labels(done, n_labels):
     tree = stages.tree.Tree(stages.tree.lay_out(np.arange(n_labels), bounds), levels)
     config = model_stage.Config(max_len=16, pooling="mean", tiny="1,24")
     loaded = stages.data.load(done)
-    encoder = tiny_bert(1, 24, loaded.meta).half()
-    model = model_stage.build(loaded, tree, config, encoder).eval()
+    tiny_bert = model_stage.tiny_bert
+    monkeypatch.setattr(model_stage, "tiny_bert", lambda *args: tiny_bert(*args).half())
+    model = model_stage.build(loaded, tree, config).eval()
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
     batch, _ = make_batch(labels=[[0], [n_labels - 1], [], [], [], []])
     assert torch.isfinite(model.loss(batch)[0]).all()

@@ -45,8 +45,7 @@ def test_two_accumulated_halves_make_one_batch(done):
     loaded = stages.data.load(done)
     results = []
     for size, accumulate in ((32, 1), (16, 2)):
-        config = settle(config_of(done, batch_size=size, accumulate=accumulate, epochs=1),
-                                     train.RECIPES, "tiny")
+        config = config_of(done, batch_size=size, accumulate=accumulate, epochs=1)
         config = settle(config, stages.model.RECIPES, "tiny")
         model = stages.model.build(loaded, stages.tree.load(done), config)
         model.dropout = torch.nn.ModuleList(torch.nn.Identity() for _ in model.heads)
@@ -95,7 +94,7 @@ def without_rates(path):
     ({"head_epochs": 1, "amp": "fp16"}, "all")])
 def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, done, monkeypatch, changes, stopped_in):
     """Stopped in the middle of the second epoch, of the heads alone or of all, with a log line half written."""
-    fit = train.fit
+    train_one_epoch = train.train_one_epoch
     if changes:  # a whole run of its own to compare with
         whole = tmp_path / "whole"
         whole.mkdir()
@@ -104,18 +103,18 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, do
         train.run(config_of(whole, **changes))
         done = whole
 
-    def interrupted(model, batches, config, log, *others):
+    def interrupted(training, batches, log, *others):
         def stop(record):
             log(record)
             if record["epoch"] == 2 and (batches.data.encoded or stopped_in == "all"):
                 raise KeyboardInterrupt
 
-        fit(model, batches, config, stop, *others)
+        train_one_epoch(training, batches, stop, *others)
 
-    monkeypatch.setattr(train, "fit", interrupted)
+    monkeypatch.setattr(train, "train_one_epoch", interrupted)
     with pytest.raises(KeyboardInterrupt):
         train.run(config_of(tmp_path, **changes))
-    monkeypatch.setattr(train, "fit", fit)
+    monkeypatch.setattr(train, "train_one_epoch", train_one_epoch)
     with open(tmp_path / "log.jsonl", "a") as file:
         file.write('{"epoch": 2, "st')
     with pytest.raises(UserError, match="trained with lr=.*, not 1"):
@@ -149,7 +148,7 @@ def test_the_best_epoch_is_kept_by_validation(tmp_path, prepared, done, monkeypa
 
 def test_a_loss_that_is_not_finite_stops_the_run(done):
     loaded = stages.data.load(done)
-    config = settle(config_of(done), train.RECIPES, "tiny")
+    config = settle(config_of(done), stages.model.RECIPES, "tiny")
     model = stages.model.build(loaded, stages.tree.load(done), replace(config, pooling="mean"))
     with torch.no_grad():
         model.heads[0].weight.fill_(torch.nan)
@@ -195,7 +194,7 @@ def test_fp16_with_a_scaler_trains_on_a_gpu(tmp_path, prepared, done):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: whether a step waits for it")
 def test_a_step_on_a_gpu_waits_for_nothing(done):
     loaded = stages.data.load(done)
-    config = settle(settle(config_of(done), train.RECIPES, "tiny"), stages.model.RECIPES, "tiny")
+    config = settle(config_of(done), stages.model.RECIPES, "tiny")
     model = stages.model.build(loaded, stages.tree.load(done), config).cuda().train()
     batch = loaded.batch("train", np.arange(16), 32).to("cuda")
     groups = model.param_groups(1e-3, 1e-4)
