@@ -6,34 +6,41 @@
 Reads    RUN/data.npz, RUN/tree.npz
 Writes   nothing; stage 4 trains this model
 
-CascadeXML (Kharbanda, Banerjee, Schultheis and Babbar, NeurIPS 2022; arXiv 2211.00640) reads a document once, with one
-transformer. Every level of the label tree is a classification problem of its own, and reads a layer of its own: the
-coarse levels early layers, the labels the last one. A level does not score all of its nodes. It scores the children of
-the few clusters that looked best one level up: its shortlist.
+CascadeXML (Kharbanda, Banerjee, Schultheis and Babbar, NeurIPS 2022; arXiv 2211.00640) reads a
+document once, with one transformer. Every level of the label tree is a classification problem of
+its own, and reads a layer of its own: the coarse levels early layers, the labels the last one. A
+level does not score all of its nodes. It scores the children of the few clusters that looked best
+one level up: its shortlist.
 
-An example: eight labels, a tree with levels of 2, 4 and 8 nodes, every node with two children, one correct label, 5.
+An example: eight labels, a tree with levels of 2, 4 and 8 nodes, every node with two children, one
+correct label, 5.
 
     level 1      0               1          both are scored, one is kept
     level 2    0   1           2   3        the children of what was kept are scored, two are kept
     labels    0 1 2 3         4 5 6 7       the children of what was kept are scored
 
-    training     Label 5 is below cluster 1 of level 1 and below cluster 2 of level 2 (integer divisions by 4 and by 2).
-                 The shortlist is made with the answer at hand ("teacher forcing"): clusters with a correct label go
-                 first. So level 1 keeps cluster 1, and level 2 scores clusters 2 and 3. Cluster 2 is correct. Cluster 3
-                 takes the place that is left: it looked good and is wrong, and so do its labels 6 and 7. These are the
-                 hard negatives. Labels 4 to 7 are scored, and the loss asks: 5 yes; 4, 6 and 7 no.
-    prediction   Nobody knows the answer. Every level keeps what looks most probable: a beam search. If level 1 keeps
-                 cluster 0, label 5 is lost. The share of correct labels whose clusters were kept is called the recall
-                 of the shortlist, and no ranking of labels can be better than it.
+In training, the shortlist is made with the answer at hand ("teacher forcing"): clusters with a
+correct label go first. Label 5 is below cluster 1 of level 1 and below cluster 2 of level 2
+(integer divisions by 4 and by 2). So level 1 keeps cluster 1, and level 2 scores clusters 2 and 3.
+Cluster 2 is correct. Cluster 3 takes the place that is left: it looked good and is wrong, and so
+are its labels 6 and 7. These are the hard negatives. Labels 4 to 7 are scored, and the loss asks
+for a yes at 5, and for a no at 4, 6 and 7.
 
-The loss is binary cross-entropy of every scored node, summed over all levels, which are trained together.
+In prediction, nobody knows the answer. Every level keeps what looks most probable: a beam search.
+If level 1 keeps cluster 0, label 5 is lost. The share of correct labels whose clusters were kept is
+called the recall of the shortlist, and no ranking of labels can find more than that.
 
-Heads first. A pretrained encoder knows much, and the heads know nothing at the start. What untrained heads send back to
-the encoder is noise, and it damages what the encoder knows. So stage 4 runs the encoder over the corpus once, keeps the
-features, and trains the heads alone on them, which takes minutes. After that it trains everything, end to end (linear
-probing, then fine-tuning: Kumar et al., ICLR 2022). The features of any two documents are nearly equal, because both
-are mostly the same mean vector. So the model subtracts the mean, and divides a hidden state by one number, the standard
-deviation of all its features together. (Not one number per feature: some encoders have features that are always zero.)
+The loss is binary cross-entropy of every scored node, summed over all levels, which are trained
+together.
+
+Heads first. A pretrained encoder knows much, and the heads know nothing at the start. What
+untrained heads send back to the encoder is noise, and it damages what the encoder knows. So stage 4
+runs the encoder over the corpus once, keeps the features, and trains the heads alone on them, which
+takes minutes. After that it trains everything, end to end (linear probing, then fine-tuning: Kumar
+et al., ICLR 2022). The features of any two documents are nearly equal, because both are mostly the
+same mean vector. So the model subtracts the mean, and divides a hidden state by one number, the
+standard deviation of all its features together. (Not one number per feature: some encoders have
+features that are always zero.)
 
 Left out: ensembles of several trees or encoders, which the paper reports, too; several devices.
 Shapes   B documents of a batch, T tokens, D width of a feature, H hidden states that are read,
@@ -64,11 +71,14 @@ tree_stage = import_module("02_label_tree")
 # minutes on a CPU. 'pretrained' is for every other encoder: the paper's settings where it has any.
 RECIPES = {
     "tiny": {
+        # What a document is: its first 64 tokens, and the mean of their hidden states.
         "max_len": 64,
         "pooling": "mean",
         "batch_size": 128,
+        # Its encoder knows nothing yet, so there is nothing that heads could learn from it first.
         "head_epochs": 0,
         "head_lr": 1e-2,
+        # Everything together. Rates ten times higher than for an encoder that could be damaged.
         "epochs": 5,
         "lr": 1e-2,
         "lr_encoder": 1e-3,
@@ -77,14 +87,17 @@ RECIPES = {
         "max_len": 128,
         "pooling": "first",
         "batch_size": 64,
+        # First the heads alone, on cached features: an epoch takes seconds to minutes.
         "head_epochs": 10,
         "head_lr": 5e-3,
+        # Then everything, ten times more carefully for the encoder than for the heads.
         "epochs": 15,
         "lr": 1e-3,
         "lr_encoder": 1e-4,
     },
 }
-# Dropout of each level's feature, by the number of levels, as published. Other trees: 0.3 everywhere.
+# Dropout of each level's feature, by the number of levels, as published. Other trees: 0.3
+# everywhere.
 DROPOUT = {3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5)}
 # How labels may be ranked at the end of the beam. Validation chooses one.
 #   parent   p(label) p(its cluster)
@@ -108,7 +121,8 @@ class Config:
         "", "hidden states read per level, such as 5+6,8,10,12 (0: embeddings) [spaced by depth]"
     )
     join: str = flag(
-        "map", "several hidden states of a level: 'map' to one feature, or 'none': read side by side"
+        "map",
+        "several hidden states of a level: 'map' to one feature, or 'none': read side by side",
     )
     dropout: str = flag(
         "", "of each level's feature, such as 0.2,0.25,0.4, or one number for all [as published]"
@@ -139,7 +153,8 @@ class EncoderProtocol(Protocol):
 class Encoder(nn.Module):
     """A bidirectional transformer of the transformers library, and the pooling of its tokens.
 
-    Special tokens come from the tokeniser, in stage 1. Token types and positions are the model's defaults.
+    Special tokens come from the tokeniser, in stage 1. Token types and positions are the model's
+    defaults.
     """
 
     def __init__(
@@ -161,23 +176,27 @@ class Encoder(nn.Module):
 
     @property
     def table(self) -> Tensor | None:
-        """The word embeddings of an encoder from scratch: they start as randomly as the heads do."""
+        """The word embeddings of an encoder from scratch: as new and random as the heads."""
         if not self.from_scratch:
             return None
         return self.backbone.get_input_embeddings().weight
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, layers: set[int]) -> dict[int, Tensor]:
+        # One pass gives the hidden states of all layers: (B, T, D) each, 0 being the embeddings.
         output = self.backbone(
             input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True
         )
-        hidden = output.hidden_states  # one (B, T, D) per layer
+        hidden = output.hidden_states
+        # The first token, [CLS] in BERT, can look at all others and stand for the document.
         if self.pooling == "first":
             return {layer: hidden[layer][:, 0] for layer in layers}
-        # The mean over a document's own tokens. Padding has the share 0.
+        # Or the mean over a document's own tokens. Every token has an equal share, padding has
+        # none.
         share_BT = mask_BT / mask_BT.sum(1, keepdim=True)
         features = {}
         for layer in layers:
             hidden_BTD = hidden[layer]
+            # The mean as a product, (1, T) times (T, D) for each document.
             share_B1T = share_BT[:, None].to(hidden_BTD.dtype)
             features[layer] = (share_B1T @ hidden_BTD).squeeze(1)
         return features
@@ -210,14 +229,19 @@ def tiny_bert(depth: int, width: int, meta: dict) -> nn.Module:
 
 
 def make_encoder(
-    data: data_stage.Data, config: Config, description: dict | None = None, weights: dict | None = None
+    data: data_stage.Data,
+    config: Config,
+    description: dict | None = None,
+    weights: dict | None = None,
 ) -> Encoder:
-    """The encoder of a new model; or, from model.pt's `description` and `weights`, of a trained one.
+    """The encoder of a new model; or, from model.pt's `description` and `weights`, of a trained
+    one.
 
-    The weights are only compared with the description, which may come from anywhere: an encoder much
-    bigger than they are is refused. A fork with an encoder of its own replaces this function.
+    The weights are only compared with the description, which may come from anywhere: an encoder
+    much bigger than they are is refused. A fork with an encoder of its own replaces this function.
     """
     from_scratch = data.meta["encoder"] == "tiny"
+    # From model.pt, or new and random, or pretrained: from a folder or from the hub.
     if description is not None:
         backbone = bare_encoder(description, weights)
     elif from_scratch:
@@ -238,9 +262,11 @@ def choose_layers(depth: int, n_levels: int) -> list[list[int]]:
     """
     layers = []
     for level in range(n_levels):
+        # How far above the labels is this level? One sixth of the depth for each level.
         levels_below = n_levels - 1 - level
         layer = int(depth * (1 - levels_below / 6) + 0.5)  # rounded to the nearest layer
         layers.append([max(1, layer)])
+    # The coarsest level gets the layer before as well.
     coarsest = layers[0][0]
     if n_levels > 1 and coarsest > 1:
         layers[0] = [coarsest - 1, coarsest]
@@ -257,8 +283,10 @@ def plain_logits(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor, clusters_BK:
     This is what a head computes, and how you may read it. It is slow: the gathered weights are
     (B, K, F, D) numbers. `Head` computes the same in two faster ways, and a test compares them.
     """
+    # Each document's own copy of the weights of its K clusters, with F children each.
     weight_BKFD = weight_CFD[clusters_BK]
     bias_BKF = bias_CF[clusters_BK]
+    # A logit is the dot product of a document's feature with a child's weights, plus its bias.
     return torch.einsum("bd,bkfd->bkf", x_BD, weight_BKFD) + bias_BKF
 
 
@@ -267,14 +295,15 @@ class Head(nn.Module):
 
     C counts the clusters of the level above. The F children of a cluster are one contiguous block.
 
-    A cluster level is small. All of its nodes are scored in one product, and then each document picks
-    its candidates. `sparse` is for the labels, by far the biggest level: only clusters on the
+    A cluster level is small. All of its nodes are scored in one product, and then each document
+    picks its candidates. `sparse` is for the labels, by far the biggest level: only clusters on the
     shortlists of the batch are read, and only plumbing.label_level.RowAdam can train the weights.
     """
 
     def __init__(self, n_clusters: int, fan: int, width: int, sparse: bool = False) -> None:
         super().__init__()
         self.sparse = sparse
+        # Zeros: at the start no node prefers any document, and only the biases speak.
         self.weight = nn.Parameter(torch.zeros(n_clusters, fan, width))
         # Few nodes are right for a document: start with a probability of 0.02.
         self.bias = nn.Parameter(torch.full((n_clusters, fan), -4.0))
@@ -284,8 +313,10 @@ class Head(nn.Module):
     def forward(self, x_BD: Tensor, clusters_BK: Tensor) -> Tensor:
         """Logits (B, K, F) of the children of each document's clusters."""
         if self.sparse:
+            # One product over the clusters that some document of the batch keeps.
             learns = torch.is_grad_enabled()
             return ShortlistProduct.apply(x_BD, self.weight, self.bias, clusters_BK, learns)
+        # One product over all clusters; then each document picks its own.
         logits_BCF = product(x_BD, self.weight, self.bias)
         fan = self.bias.shape[1]
         index_BKF = clusters_BK[..., None].expand(-1, -1, fan)
@@ -299,21 +330,23 @@ class Level(NamedTuple):
     """One level of one batch. Its candidates are the F children of each of K parents."""
 
     parents_BK: Tensor  # int64, the clusters kept one level up; for the first level the root, 0
-    # Where each parent stood among the candidates one level up: prediction looks its score up there.
-    # None for the first level.
+    # Where each parent stood among the candidates one level up: prediction looks its score up
+    # there. None for the first level.
     picked_BK: Tensor | None
     logits_BKF: Tensor  # float32; -inf in an empty slot
-    targets_BKF: Tensor | None  # float32, 1 where a correct label is below the node; in training only
+    # float32, 1 where a correct label is below the node. In training only.
+    targets_BKF: Tensor | None
 
 
 def shortlist(logits_BKF: Tensor, targets_BKF: Tensor | None, k: int) -> Tensor:
     """Which clusters go on? Places (B, k) of the best candidates among the K * F."""
     if targets_BKF is None:
+        # In prediction: the most probable ones.
         score_BKF = logits_BKF.detach()
     else:
-        # Every cluster with a correct label goes first: its probability, at most 1, is raised by 1.
-        # The places left go to clusters that look right and are wrong. Their children are the hard
-        # negatives of the next level.
+        # In training every cluster with a correct label goes first: its probability, at most 1, is
+        # raised by 1. The places left go to clusters that look right and are wrong. Their children
+        # are the hard negatives of the next level.
         score_BKF = logits_BKF.detach().sigmoid() + targets_BKF
     kept = score_BKF.flatten(1).topk(k, dim=1, sorted=False)
     return kept.indices
@@ -324,6 +357,7 @@ def rank(logits_BKF: Tensor, above: dict[str, Tensor] | None) -> dict[str, Tenso
 
     `above` holds the same for their K parents, (B, K); None at the first level.
     """
+    # The logarithm of a probability. A product of probabilities is a sum of logarithms.
     own_BKF = functional.logsigmoid(logits_BKF)
     if above is None:
         scores = {"label": own_BKF, "parent": own_BKF, "path": own_BKF}
@@ -341,6 +375,7 @@ def best_k(labels_BM: Tensor, scores_BM: Tensor, k: int) -> tuple[Tensor, Tensor
 
     Where there are fewer than k, the rest is label -1 with score -inf.
     """
+    # Append k candidates that are worse than all others: topk then always finds k.
     scores_BM = functional.pad(scores_BM, (0, k), value=-torch.inf)
     labels_BM = functional.pad(labels_BM, (0, k), value=-1)
     best = scores_BM.topk(k, dim=1)
@@ -375,8 +410,9 @@ class Cascade(nn.Module):
         self.check(join)
         n_levels = len(layers)
 
-        # A level that reads several hidden states maps them to one feature, as published ("map"). Or
-        # it reads them as they are, and its weights are as wide as all of them together ("none").
+        # A head per level. The last one, for the labels, is sparse. A level that reads several
+        # hidden states maps them to one feature, as published ("map"). Or it reads them as they
+        # are, and its weights are as wide as all of them together ("none").
         self.heads = nn.ModuleList()
         for t, group in enumerate(layers):
             width = encoder.width if join == "map" else len(group) * encoder.width
@@ -389,6 +425,7 @@ class Cascade(nn.Module):
                 self.join.append(nn.Linear(len(group) * encoder.width, encoder.width))
             else:
                 self.join.append(nn.Identity())
+        # Every level's feature has a dropout of its own.
         rates = dropout or DROPOUT.get(n_levels, (0.3,) * n_levels)
         self.dropout = nn.ModuleList(nn.Dropout(rate) for rate in rates)
 
@@ -398,7 +435,8 @@ class Cascade(nn.Module):
         self.center_HD = nn.Buffer(torch.zeros(len(self.hidden), encoder.width))
         self.scale_H = nn.Buffer(torch.ones(len(self.hidden)))
 
-        # The tree, as a permutation: which label stands in a slot (-1: none), and the other way round.
+        # The tree, as a permutation: which label stands in a slot (-1: none), and the other way
+        # round.
         slot_to_label_S = torch.from_numpy(tree.slot_to_label).long()
         n_empty = (slot_to_label_S < 0).sum()
         label_to_slot_L = slot_to_label_S.argsort()[n_empty:]  # empty slots, -1, are sorted first
@@ -421,7 +459,7 @@ class Cascade(nn.Module):
             )
         # A level cannot keep more clusters than it scores: the children of the clusters kept above.
         levels = self.counts[1:-1]
-        most = []
+        most = []  # candidates per cluster level
         parents = 1
         for t, k in enumerate(self.topk[: len(levels)]):
             most.append(parents * (self.counts[t + 1] // self.counts[t]))
@@ -431,7 +469,7 @@ class Cascade(nn.Module):
             raise UserError(f"--topk {self.topk}: levels {levels} have at most {most} candidates")
 
     def pooled(self, batch: data_stage.Batch, encoder: EncoderProtocol | None = None) -> Tensor:
-        """(B, H, D): the hidden states that are read, pooled, of the model's encoder or of another."""
+        """(B, H, D): the pooled hidden states, of the model's encoder or of another one."""
         if batch.pooled_BHD is not None:
             return batch.pooled_BHD  # stage 4 computed them before: the heads learn first
         encoder = encoder or self.encoder
@@ -451,16 +489,17 @@ class Cascade(nn.Module):
         self, batch: data_stage.Batch, encoder: EncoderProtocol | None = None
     ) -> list[Tensor]:
         """What each level reads: a feature (B, D) per level, float32."""
-        x_BHD = self.scaled(self.pooled(batch, encoder))
+        x_BHD = self.scaled(self.pooled(batch, encoder))  # all hidden states that any level reads
         features = []
         for group, join in zip(self.layers, self.join, strict=True):
+            # Pick the level's own hidden states, and make one feature of them.
             places = [self.hidden.index(layer) for layer in group]
             side_by_side = torch.cat([x_BHD[:, place] for place in places], dim=1)
             features.append(join(side_by_side))
         return features
 
     def nodes(self, label_P: Tensor, t: int) -> Tensor:
-        """The node of level t above each label; level 0 is the root. A node is a division of a slot."""
+        """The node of level t above each label: a division of its slot. Level 0 is the root."""
         slot_P = self.label_to_slot[label_P]
         slots_per_node = self.counts[-1] // self.counts[t]
         return slot_P // slots_per_node
@@ -510,14 +549,17 @@ class Cascade(nn.Module):
     def loss(self, batch: data_stage.Batch) -> tuple[Tensor, Tensor]:
         """(loss per level (levels,), surplus ()).
 
-        Surplus: how many correct nodes found no place in a shortlist, because a document has more of
-        them than the k that its level keeps. The labels below them are not trained in this step.
+        Surplus: how many correct nodes found no place in a shortlist, because a document has more
+        of them than the k that its level keeps. The labels below them are not trained in this step.
         """
         losses = []
         surplus = torch.zeros((), device=batch.ids_BT.device)
+        # The encoder runs once; all levels read its hidden states.
         features = self.features(batch)
         for t, level in enumerate(self.descend(features, batch, teacher=True)):
             losses.append(self.level_loss(level.logits_BKF, level.targets_BKF))
+            # How many correct nodes does a document have, and how many are more than the level
+            # keeps?
             if t < len(self.topk):
                 correct_B = level.targets_BKF.sum((1, 2))
                 surplus += (correct_B - self.topk[t]).clamp(min=0).sum()
@@ -539,6 +581,7 @@ class Cascade(nn.Module):
                 # From the scores of all candidates one level up to the scores of those kept.
                 scores = {name: score.gather(1, level.picked_BK) for name, score in scores.items()}
             scores = rank(level.logits_BKF, scores)
+        # The candidates of the last level are slots; a table says which label stands in each.
         fan = level.logits_BKF.shape[2]
         slots_BM = tree_stage.expand(level.parents_BK, fan)
         return self.slot_to_label[slots_BM], scores, kept
@@ -555,12 +598,15 @@ class Cascade(nn.Module):
 
         "rows" marks the groups that RowAdam trains: the weights of the labels.
         """
+        # Which parameters belong to a sparse head?
         rows = set()
         for head in self.heads:
             if head.sparse:
                 rows.update(id(parameter) for parameter in head.parameters())
+        # Parameters with the same rate, decay and optimiser make a group.
         groups: dict[tuple[float, float, bool], list] = {}
         for name, parameter in self.named_parameters():
+            # Word embeddings from scratch are as new as the heads, and learn at their rate.
             in_encoder = name.startswith("encoder.") and parameter is not self.encoder.table
             if parameter.ndim == 1 or name.endswith("bias"):
                 decay = 0.0  # biases and normalisations
@@ -582,6 +628,7 @@ def rates(text: str, n_levels: int) -> list[float] | None:
     """'0.2,0.3,0.4', or '0.2' for all levels, as dropout rates. None for '': as published."""
     if not text:
         return None
+    # What is no number is refused below, as too few or too many numbers are.
     try:
         found = [float(part) for part in text.split(",")]
     except ValueError:
@@ -590,7 +637,8 @@ def rates(text: str, n_levels: int) -> list[float] | None:
         found = found * n_levels
     if len(found) != n_levels or not all(0 <= rate < 1 for rate in found):
         raise UserError(
-            f"--dropout {text}: expected one number from 0 to 1, or one for each of {n_levels} levels"
+            f"--dropout {text}: expected one number from 0 to 1, "
+            f"or one for each of {n_levels} levels"
         )
     return found
 
@@ -603,13 +651,16 @@ def build(
 ) -> Cascade:
     """The cascade before training, or around an encoder that is there already."""
     torch.manual_seed(config.seed)
+    # The encoder, new or given.
     if encoder is None:
         encoder = make_encoder(data, config)
+    # The size of the shortlists.
     if config.topk:
         topk = int_list(config.topk, "--topk")
     else:
         # 192 clusters, and twice as many at each finer level.
         topk = [min(n, 192 * 2**t) for t, n in enumerate(tree.levels)]
+    # Which hidden states each level reads.
     n_levels = len(tree.levels) + 1
     if config.layers:
         groups = config.layers.split(",")
@@ -618,6 +669,7 @@ def build(
         layers = choose_layers(encoder.depth, n_levels)
     dropout = rates(config.dropout, n_levels)
     model = Cascade(encoder, tree, topk, layers, config.join, dropout)
+    # Half the memory for the label weights, by far the biggest part with millions of labels.
     if config.label_bf16:
         label_weight = model.heads[-1].weight
         label_weight.data = label_weight.data.bfloat16()
@@ -626,14 +678,17 @@ def build(
 
 def run(config: Config) -> None:
     """Walk through one batch of four documents and print every shape."""
+    # 1. What the stages before have made, and the settings that the recipe fills in.
     data = data_stage.load(config.run)
     tree = tree_stage.load(config.run)
     config = settle(config, RECIPES, data.meta["encoder"])
+    # 2. The model, untrained.
     model = build(data, tree, config).eval()
     for name, part in (("encoder", model.encoder), ("heads", model.heads)):
         n_parameters = sum(parameter.numel() for parameter in part.parameters())
         print(f"{name}: {n_parameters:,} parameters")
 
+    # 3. Four documents go down the tree, with the teacher.
     batch = data.batch("train", np.arange(4), config.max_len)
     ids_shape = tuple(batch.ids_BT.shape)
     print(f"a batch of 4 documents: ids_BT {ids_shape}, {len(batch.doc_P)} (document, label) pairs")
@@ -648,6 +703,7 @@ def run(config: Config) -> None:
             f"logits_BKF {tuple(level.logits_BKF.shape)}: each document scores "
             f"{n_scored:,} of {model.counts[t + 1]:,} nodes, {n_correct} positive"
         )
+    # 4. What training and prediction ask of the model.
     losses, _ = model.loss(batch)
     labels, scores = model.predict(batch, 5)
     rounded = [round(loss, 2) for loss in losses.tolist()]

@@ -2,7 +2,7 @@
 
     python 04_train.py
     python 04_train.py --run runs/mine --epochs 15 --batch-size 64
-    python 04_train.py --run runs/mine --epochs 0           the heads alone: a linear probe, in minutes
+    python 04_train.py --run runs/mine --epochs 0   the heads alone: a linear probe, in minutes
     python 04_train.py --run runs/mine --resume             go on from the last checkpoint
 
 Reads    RUN/data.npz, RUN/tree.npz
@@ -12,10 +12,10 @@ Writes   RUN/model.pt        the best model by validation P@1 + P@3 + P@5, and w
 
 P@k, precision at k, is the share of correct labels among the first k that are predicted.
 
-Training has two phases. A pretrained encoder is left alone first: its features are computed once, and
-the heads learn on them (--head-epochs; 03_model.py says why). Then everything is trained end to end
-(--epochs). 'tiny', which starts from nothing, has the second phase only. The features wait in a file
-without a name in RUN: 2 bytes x documents x hidden states that are read x width.
+Training has two phases. A pretrained encoder is left alone first: its features are computed once,
+and the heads learn on them (--head-epochs; 03_model.py says why). Then everything is trained end to
+end (--epochs). 'tiny', which starts from nothing, has the second phase only. The features wait in a
+file without a name in RUN: 2 bytes x documents x hidden states that are read x width.
 
 Left out: a second device.
 Shapes   N documents of a split, B documents of a batch, K clusters kept for a document, D width,
@@ -77,7 +77,9 @@ class Config(model_stage.Config):
     save_every: int = flag(
         0, "steps from one checkpoint to the next (0: only after each epoch)", natural
     )
-    amp: str = flag("auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at")
+    amp: str = flag(
+        "auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at"
+    )
     accumulate: int = flag(
         1, "batches whose gradients are added up before a step; labels' wait in memory", positive
     )
@@ -113,11 +115,14 @@ class Batches:
         """Row numbers of the documents of each batch."""
         rng = np.random.default_rng((self.seed, epoch))
         n = len(self.length_N)
+        # 1. Shuffle all documents.
         shuffled = rng.permutation(n)
+        # 2. Cut them into pools, and sort each pool by length.
         pools = []
         for pool in np.split(shuffled, range(POOL * self.batch_size, n, POOL * self.batch_size)):
             by_length = np.argsort(self.length_N[pool], kind="stable")
             pools.append(pool[by_length])
+        # 3. Cut the pools into batches, and shuffle the batches: lengths come in no order.
         order = np.concatenate(pools)
         batches = np.split(order, range(self.batch_size, n, self.batch_size))
         return [batches[i] for i in rng.permutation(len(batches))]
@@ -141,8 +146,8 @@ def lr_scale(step: int, total: int, warmup: int) -> float:
 class Training:
     """A model, its optimisers, and how far they have come: all that changes while training.
 
-    The model is any module with loss(batch) -> (losses (levels,), surplus ()) and
-    param_groups(lr, lr_encoder). `steps_before`: steps of an earlier phase, which the log counts along.
+    The model is any module with loss(batch) -> (losses (levels,), surplus ()) and param_groups(lr,
+    lr_encoder). `steps_before`: steps of an earlier phase, which the log counts along.
     """
 
     def __init__(
@@ -183,8 +188,8 @@ class Training:
         self.steps = 0  # steps done
         self.norm = None  # of the last step's gradient
         self.lr = 0.0  # of the last step
-        # For the next progress line: the sum of losses and surplus over `seen` batches. It is added up
-        # on the device, so that no step waits for the device before the line is printed.
+        # For the next progress line: the sum of losses and surplus over `seen` batches. It is added
+        # up on the device, so that no step waits for the device before the line is printed.
         self.sums = torch.zeros((), device=self.device)
         self.seen = 0
 
@@ -197,8 +202,9 @@ class Training:
 
     def forward_backward(self, batch: data_stage.Batch) -> torch.Tensor:
         """Add the gradient of one batch to the gradient; the losses (levels,), detached."""
-        losses, surplus = self.model.loss(batch.to(self.device))
-        # Batches whose gradients are added up for one step. The last step of an epoch may have fewer.
+        losses, surplus = self.model.loss(batch.to(self.device))  # forward, all levels
+        # Batches whose gradients are added up for one step. The last step of an epoch may have
+        # fewer.
         accumulate = self.config.accumulate
         first_of_step = self.batch // accumulate * accumulate
         together = min(accumulate, self.n_batches - first_of_step)
@@ -210,29 +216,34 @@ class Training:
         return losses
 
     def step(self, losses: torch.Tensor) -> None:
-        """Move the weights. UserError if the losses are not finite, or have grown a thousandfold."""
+        """Move the weights. UserError if a loss is not finite, or has grown a thousandfold."""
+        # 1. The learning rates of this step.
         share = lr_scale(self.steps, self.total, self.warmup)
         for group, peak_lr in zip(self.groups(), self.peak_lr, strict=True):
             group["lr"] = peak_lr * share
+        # 2. A batch with a huge gradient must not throw the encoder off: cut the gradient's length.
         self.scaler.unscale_(self.adam)
         norm = torch.nn.utils.clip_grad_norm_(self.dense_parameters, CLIP)
         self.norm = norm.to(self.device)  # without any gradient it is on the CPU
+        # 3. The step, of the dense parameters and of the label rows.
         self.scaler.step(self.adam)
         if self.row_adam:
             one = torch.ones((), device=self.device)
             self.row_adam.step(scale=self.scaler.scale(one))
         self.scaler.update()
         self.adam.zero_grad()
+        # 4. Look at what came out, while the next batch is computed.
         self.steps += 1
         self.lr = self.peak_lr[-1] * share
-        # In fp16 a gradient that is too large is no fault: the scaler skips the step and scales less.
+        # In fp16 a gradient that is too large is no fault: the scaler skips the step and scales
+        # less.
         watched = torch.zeros_like(self.norm) if self.config.amp == "fp16" else self.norm
         self.watch(losses, watched, self.steps_before + self.steps, self.lr)
 
     def record(self, batches_per_s: float) -> dict:
         """The record of the log for the batches since the record before."""
         self.watch.check()
-        *sums, surplus = self.sums.tolist()
+        *sums, surplus = self.sums.tolist()  # here the device is waited for
         record = {
             "epoch": self.epoch + 1,
             "epochs": self.config.epochs,
@@ -299,27 +310,30 @@ def train_one_epoch(
 ) -> None:
     """One pass over the training documents, or what is left of it after an interruption.
 
-    `log` gets a record per interval. `checkpoint` is called every --save-every steps. When stop() says
-    that somebody wants to stop, it is called once more, and KeyboardInterrupt follows.
+    `log` gets a record per interval. `checkpoint` is called every --save-every steps. When stop()
+    says that somebody wants to stop, it is called once more, and KeyboardInterrupt follows.
     """
     config = training.config
     training.model.train()
     seen_before = training.seen
     start = time.perf_counter()
     for batch in batches(training.epoch, training.batch):
+        # 1. Forward and backward.
         losses = training.forward_backward(batch)
         is_last = training.batch == training.n_batches
         if training.batch % config.accumulate and not is_last:
             continue  # more batches are added up before the step
+        # 2. A step of the optimisers.
         training.step(losses)
-
+        # 3. A progress line now and then.
         if training.steps % training.interval == 0 or is_last:
             seconds = time.perf_counter() - start
             log(training.record((training.seen - seen_before) / seconds))
             seen_before = 0
             start = time.perf_counter()
         if is_last:
-            break
+            break  # the checkpoint comes after validation
+        # 4. A checkpoint within the epoch, if somebody wants to stop or a long run asked for it.
         if stop() or config.save_every and training.steps % config.save_every == 0:
             checkpoint()
             interrupt_if_asked(training, stop)
@@ -351,7 +365,8 @@ def fit(
 def hits(labels_Nk: np.ndarray, split: data_stage.Split) -> np.ndarray:
     """(N, k) bool: which predicted labels are correct. -1, no prediction, never is."""
     # Every (document, label) pair becomes one number. The numbers of the true pairs ascend, because
-    # labels ascend within a document, so a binary search finds whether a predicted pair is among them.
+    # labels ascend within a document, so a binary search finds whether a predicted pair is among
+    # them.
     n_documents = len(split)
     stride = int(max(split.labels.max(initial=0), labels_Nk.max(initial=0))) + 1
     doc_P = np.repeat(np.arange(n_documents), np.diff(split.label_offsets))
@@ -367,15 +382,17 @@ def predict_rankings(
 ) -> dict[str, np.ndarray]:
     """The best k labels of a batch by every ranking, and what the shortlists kept.
 
-    "labels NAME" and "scores NAME" (B, k) for each ranking, and "kept t" (B,) for each cluster level:
-    how many of a document's correct labels are below a cluster that the beam kept.
+    "labels NAME" and "scores NAME" (B, k) for each ranking, and "kept t" (B,) for each cluster
+    level: how many of a document's correct labels are below a cluster that the beam kept.
     """
     labels, scores, kept = model.beam(batch)
+    # 1. The best labels, under each ranking.
     found = {}
     for name in model_stage.RANKINGS:
         best_labels, best_scores = model_stage.best_k(labels, scores[name], k)
         found[f"labels {name}"] = best_labels
         found[f"scores {name}"] = best_scores
+    # 2. How many correct labels are still within reach after each cluster level?
     for t, clusters_BK in enumerate(kept):
         n_documents = len(clusters_BK)
         n_clusters = model.counts[t + 1]
@@ -398,11 +415,13 @@ def validate(model: model_stage.Cascade, data: data_stage.Data, config: Config) 
     found = over_split(model, data, "val", config.max_len, 2 * config.batch_size, predict, 5)
     split = data.splits["val"]
     n_labelled = max(1, int(np.count_nonzero(np.diff(split.label_offsets))))
+    # P@k of each ranking: correct ones among the first k, over k, averaged over documents.
     precision = {}
     for name in model_stage.RANKINGS:
         correct_Nk = hits(found[f"labels {name}"], split)
         correct_k = correct_Nk.sum(axis=0).cumsum()  # among the first 1, 2, ..., 5 of all documents
         precision[name] = [100 * float(correct_k[k - 1]) / k / n_labelled for k in (1, 3, 5)]
+    # Recall of the shortlists: the share of correct labels whose cluster was kept.
     n_pairs = max(1, len(split.labels))
     recall = []
     for t in range(len(model.topk)):
@@ -410,7 +429,8 @@ def validate(model: model_stage.Cascade, data: data_stage.Data, config: Config) 
     return {"P": precision, "recall": recall}
 
 
-# 4. Before the heads learn: features that are computed once, centred and scaled; biases that know how
+# 4. Before the heads learn: features that are computed once, centred and scaled; biases that know
+# how
 #    frequent their labels are.
 
 
@@ -418,7 +438,7 @@ def validate(model: model_stage.Cascade, data: data_stage.Data, config: Config) 
 def encode(
     model: model_stage.Cascade, data: data_stage.Data, config: Config, stop: Callable[[], bool]
 ) -> data_stage.Data:
-    """The data with the encoder's features of training and validation documents, (N, H, D) float16."""
+    """The data with features (N, H, D), float16, of training and validation documents."""
     model.eval()
     device = model.slot_to_label.device
     size = 2 * config.batch_size
@@ -449,9 +469,10 @@ def center(model: model_stage.Cascade, encoded_NHD: np.ndarray) -> None:
     """Set the model's centre and scale: the mean of the features, and one over their spread.
 
     There is one spread per hidden state, not one per feature: some encoders have features that are
-    always zero. A hidden state that is the same for all documents, as the embedding of the first token
-    is, keeps the scale 1. UserError for a hidden state that is too large for float16.
+    always zero. A hidden state that is the same for all documents, as the embedding of the first
+    token is, keeps the scale 1. UserError for a hidden state that is too large for float16.
     """
+    # 1. Sums over all documents, a part at a time: the features may be larger than the memory.
     n = len(encoded_NHD)
     sum_HD = np.zeros(encoded_NHD.shape[1:])
     squares_HD = np.zeros(encoded_NHD.shape[1:])
@@ -463,9 +484,10 @@ def center(model: model_stage.Cascade, encoded_NHD: np.ndarray) -> None:
     for place, finite in enumerate(np.isfinite(mean_HD).all(axis=1)):
         if not finite:
             raise UserError(
-                f"hidden state {model.hidden[place]} of the encoder is too large for float16, in which "
-                "the features wait for the heads; leave it out of --layers, or take --head-epochs 0"
+                f"hidden state {model.hidden[place]} of the encoder is too large for float16, in "
+                "which the features wait for the heads; leave it out of --layers, or take --head-epochs 0"
             )
+    # 2. The variance of a hidden state: the mean square minus the square of the mean.
     square_H = (squares_HD / n).mean(axis=1)
     variance_H = square_H - (mean_HD**2).mean(axis=1)
     varies_H = variance_H > 1e-6 * square_H
@@ -476,8 +498,9 @@ def center(model: model_stage.Cascade, encoded_NHD: np.ndarray) -> None:
 
 @torch.no_grad()
 def set_prior(model: model_stage.Cascade, split: data_stage.Split) -> None:
-    """Start every bias at its node's log odds: the share of documents with a label below the node."""
+    """Start every bias at its node's log odds: how many documents have a label below it."""
     device = model.slot_to_label.device
+    # The training pairs (document, label).
     n_documents = len(split)
     labels_per_document = torch.from_numpy(np.diff(split.label_offsets))
     doc_P = torch.arange(n_documents).repeat_interleave(labels_per_document).to(device)
@@ -487,6 +510,7 @@ def set_prior(model: model_stage.Cascade, split: data_stage.Split) -> None:
         # A document with several labels below a node counts once.
         pairs = (doc_P * n_nodes + model.nodes(label_P, t + 1)).unique()
         count = (pairs % n_nodes).bincount(minlength=n_nodes).view_as(head.bias)
+        # Half a document more on both sides: no logarithm of 0.
         odds = (count + 0.5) / (n_documents - count + 0.5)
         head.bias.copy_(odds.log())
 
@@ -507,7 +531,12 @@ class Job:
 
 
 def train_phase(
-    job: Job, phase: str, config: Config, data: data_stage.Data, state: dict | None, steps_before: int
+    job: Job,
+    phase: str,
+    config: Config,
+    data: data_stage.Data,
+    state: dict | None,
+    steps_before: int,
 ) -> None:
     """Train for config.epochs, from the beginning or from the `state` of a checkpoint."""
 
@@ -517,6 +546,7 @@ def train_phase(
     def checkpoint() -> None:
         save_phase(job, phase, training)
 
+    # A new training, or one that goes on.
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
     training = Training(job.model, config, len(batches), steps_before)
     if state:
@@ -537,6 +567,7 @@ def keep_the_best(
 
     Where no validation document has a label, nothing can be compared: the last epoch is kept.
     """
+    # Which ranking is best on validation? The model is judged by it, and will predict with it.
     totals = {name: sum(precision) for name, precision in result["P"].items()}
     ranking = max(model_stage.RANKINGS, key=totals.get)
     step = training.steps_before + training.steps
@@ -571,6 +602,7 @@ def train_heads(job: Job, state: dict | None) -> None:
     """The heads alone, on the features that the encoder computes once."""
     config = job.config
     data = job.data
+    # The features are not stored: an interrupted phase computes them once more.
     is_over = state and state["epoch"] == config.head_epochs
     if not is_over:
         data = encode(job.model, data, config, job.stop)
@@ -606,13 +638,16 @@ def prepare(
     layers = ",".join("+".join(str(layer) for layer in group) for group in model.layers)
     config = replace(config, topk=topk, layers=layers)
 
+    # Go on from a checkpoint? It brings its settings and its weights.
     state = None
     if config.resume:
         state, config = go_on(out, config)
         set_weights(model, state["model"], out / "checkpoint.pt", "04_train.py")
+    # Is there room on the disk for all that will be written?
     heads_left = config.head_epochs and (not state or state["phase"] == "heads")
     room_for_training(out, model, cache_size(model, data) if heads_left else 0)
 
+    # Which precision is fastest on this device? One batch tells.
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
     example = next(batches(0)).to(device)
     config = replace(config, amp=choose_amp(config.amp, model, example))
@@ -635,6 +670,7 @@ def train(
     torch.manual_seed(config.seed)
 
     log = logger(Path(config.run), config)
+    # Ctrl-C is noted, not obeyed at once: the step ends, and a checkpoint is saved.
     with asked_to_stop() as stop:
         job = Job(model, data, config, log, stop)
         if state:

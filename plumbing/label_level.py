@@ -1,9 +1,10 @@
 """The label level: how it computes its logits, and how its weights learn. Stages 3 and 4 use it.
 
-A label level has millions of weights: labels x width. A batch needs few of them, the clusters on its
-shortlists. So a step should read and write those clusters and nothing else, and it should never hold
-a gradient as big as the layer. This file does both: ShortlistProduct for the logits, RowAdam for the
-step. What they compute is nothing special: 03_model.py has the plain form, and the tests compare.
+A label level has millions of weights: labels x width. A batch needs few of them, the clusters on
+its shortlists. So a step should read and write those clusters and nothing else, and it should never
+hold a gradient as big as the layer. This file does both: ShortlistProduct for the logits, RowAdam
+for the step. What they compute is nothing special: 03_model.py has the plain form, and the tests
+compare.
 
 Forward. U is the number of clusters that any document of the batch keeps. Together they are a small
 dense layer, (U, F, D). One product of the batch's features with it gives the logits (B, U, F), and
@@ -21,7 +22,7 @@ updates these weights at once, and forgets the chunk. Only when the gradients of
 added up (--accumulate) is their sum made whole.
 
 Left out: several devices; momentum, which would be a second number per weight.
-Shapes   B documents of a batch, D width, C clusters, F children of each (fan), K clusters kept for a
+Shapes   B documents of a batch, D width, C clusters, F children of each (fan), K clusters kept for
          document, U clusters kept by any document of the batch, R rows: U x F
 """
 
@@ -67,7 +68,7 @@ def touched(clusters_BK: Tensor, n_clusters: int, wait: bool) -> tuple[Tensor, T
 
 
 class Factors(NamedTuple):
-    """A gradient (U, F, D) as two factors: for cluster u the sum over documents of dz[b, u] x[b]."""
+    """A gradient (U, F, D) as two factors: of cluster u, sum over documents dz[b, u] x[b]."""
 
     clusters_U: Tensor  # int64
     dz_BUF: Tensor  # float32, gradient of the logits
@@ -83,8 +84,8 @@ def times(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
 class ShortlistProduct(torch.autograd.Function):
     """Logits (B, K, F) of the children of each document's clusters (B, K).
 
-    Backward leaves no .grad at weight (C, F, D) and bias (C, F). It leaves .factors, a list with one
-    item per backward pass. Only RowAdam.step() uses it up.
+    Backward leaves no .grad at weight (C, F, D) and bias (C, F). It leaves .factors, a list with
+    one item per backward pass. Only RowAdam.step() uses it up.
     """
 
     @staticmethod
@@ -98,11 +99,13 @@ class ShortlistProduct(torch.autograd.Function):
         ctx.save_for_backward(x_BD, clusters_U, index_BKF)
         ctx.parameters = weight, bias  # the parameters themselves, not what autograd saves of them
         ctx.n = max(1, CHUNK[x_BD.device.type] // weight[0].numel())
+        # As many clusters at a time as the caches hold.
         parts = []
         for clusters in clusters_U.split(ctx.n):
             weight_nFD = weight.index_select(0, clusters)
             bias_nF = bias.index_select(0, clusters)
             parts.append(product(x_BD, weight_nFD, bias_nF))
+        # Every document picks the clusters that it asked for.
         logits_BUF = torch.cat(parts, dim=1)
         return logits_BUF.gather(1, index_BKF)
 
@@ -110,15 +113,18 @@ class ShortlistProduct(torch.autograd.Function):
     def backward(ctx, dz_BKF: Tensor) -> tuple[Tensor | None, ...]:
         x_BD, clusters_U, index_BKF = ctx.saved_tensors
         weight, bias = ctx.parameters
+        # 1. The gradient of all logits: 0 where a document did not ask.
         dz_BUF = dz_BKF.new_zeros(len(x_BD), len(clusters_U), weight.shape[1])
         dz_BUF.scatter_add_(1, index_BKF, dz_BKF)
 
+        # 2. The gradients of weight and bias stay factors.
         if ctx.needs_input_grad[1]:
             # A bias is a weight whose only feature is always 1.
             ones = x_BD.new_ones(1, 1)
             leave(weight, Factors(clusters_U, dz_BUF, x_BD.detach()))
             leave(bias, Factors(clusters_U, dz_BUF.sum(0, keepdim=True), ones))
 
+        # 3. The gradient of the features, dz W.
         dx_BD = None
         if ctx.needs_input_grad[0]:  # features from a cache do not learn
             parts = []
@@ -180,8 +186,8 @@ class Gradient:
 
         It is the smaller of two bounds, both cheap to compute from the factors:
 
-        |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|             sharp if few documents pull at a row
-        |sum_b dz_b x_bd| <= |dz| max_d |x_d|, both of length B    sharp if many do (Cauchy, Schwarz)
+        |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|     sharp if few documents pull at a row
+        |sum_b dz_b x_bd| <= |dz| max_d |x_d|, lengths     sharp if many do (Cauchy, Schwarz)
         """
         bounds = []
         for dz_BUF, x_BD in zip(self.dz_BUF, self.x_BD, strict=True):
@@ -204,7 +210,8 @@ class Gradient:
         if self.sum_UFD is not None:
             yield from zip(self.clusters_U.split(n), self.sum_UFD.split(n), strict=True)
             return
-        for clusters, dz_BnF in zip(self.clusters_U.split(n), self.dz_BUF[0].split(n, 1), strict=True):
+        dz_parts = self.dz_BUF[0].split(n, 1)
+        for clusters, dz_BnF in zip(self.clusters_U.split(n), dz_parts, strict=True):
             yield clusters, times(dz_BnF, self.x_BD[0])
 
 
@@ -226,27 +233,27 @@ class RowAdam(torch.optim.Optimizer):
     Adam keeps a second moment for every weight. RowAdam keeps it as two factors (Adafactor, Shazeer
     and Stern 2018): one number per feature, f, and one per row, v. A step is
 
-        f <- beta f + (1 - beta) sum_rows(g^2)        how large a feature's gradient is, in all rows
-        v <- beta v + (1 - beta) mean_features(g^2)   how large a row's gradient is; corrected, below
+        f <- beta f + (1 - beta) sum_rows(g^2)        how large a feature's gradient is
+        v <- beta v + (1 - beta) mean_features(g^2)   how large a row's gradient is
         w <- w - lr (g / sqrt(v f / mean(f)) + decay w)
 
     f and v are updated first and divide afterwards, so the divisor already contains the gradient of
     this very step. A gradient that is suddenly large makes its own divisor large. That is why a
-    feature that was always zero, or a row that never had a gradient, may become active without a huge
-    step.
+    feature that was always zero, or a row that never had a gradient, may become active without a
+    huge step.
 
-    Two factors are not the whole second moment, though. A row whose gradient stands in features that
-    are small everywhere else would still go far. So the step of every row is capped: no weight moves
-    further than BOUND learning rates. The cap is computed from the factors, which costs little. It
-    looks at what documents could add up to, and in truth they cancel in part, so it also slows down
-    one or two rows in a hundred that needed no cap.
+    Two factors are not the whole second moment, though. A row whose gradient stands in features
+    that are small everywhere else would still go far. So the step of every row is capped: no weight
+    moves further than BOUND learning rates. The cap is computed from the factors, which costs
+    little. It looks at what documents could add up to, and in truth they cancel in part, so it also
+    slows down one or two rows in a hundred that needed no cap.
 
-    A feature may be dead: zero in every document. FLOOR keeps its scale finite, so that rounding noise
-    is not blown up.
+    A feature may be dead: zero in every document. FLOOR keeps its scale finite, so that rounding
+    noise is not blown up.
 
-    v starts at 0 and is too small in a row's first steps. c is updated as v is, with 1 in place of the
-    square, so that v / c is a true mean over the steps in which the row had a gradient. Rows without
-    any gradient, such as empty slots, stay as they are. bfloat16 is rounded stochastically.
+    v starts at 0 and is too small in a row's first steps. c is updated as v is, with 1 in place of
+    the square, so that v / c is a true mean over the steps in which the row had a gradient. Rows
+    without any gradient, such as empty slots, stay as they are. bfloat16 is rounded stochastically.
     """
 
     def __init__(self, groups: list[dict], beta: float = 0.99) -> None:
@@ -255,7 +262,7 @@ class RowAdam(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, scale: Tensor | float = 1.0) -> None:
-        """One step, which uses the gradients up. `scale`: what the loss was multiplied by (fp16)."""
+        """One step; it uses the gradients up. `scale`: what the loss was multiplied by."""
         for group in self.param_groups:
             for weight in group["params"]:
                 parts = weight.__dict__.pop("factors", [])
@@ -300,21 +307,21 @@ class RowAdam(torch.optim.Optimizer):
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state, and keep its numbers float32 where the weights are bfloat16."""
-        super().load_state_dict(state_dict)  # this one turns everything into the type of the weights
+        super().load_state_dict(state_dict)  # this turns everything into the weights' type
         for weight, saved in zip(self.state, state_dict["state"].values(), strict=True):
             self.state[weight] = {key: value.to(weight.device) for key, value in saved.items()}
 
 
 def refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-    """RuntimeError if an optimiser other than RowAdam is about to step over weights with factors."""
+    """RuntimeError if another optimiser than RowAdam is about to step over a sparse head."""
     if isinstance(optimizer, RowAdam):
         return
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             if getattr(parameter, "factors", None):
                 raise RuntimeError(
-                    f"{type(optimizer).__name__} cannot train the weights of a sparse head: they have "
-                    "no .grad, and the factors of their gradient would pile up. Give the groups of "
+                    f"{type(optimizer).__name__} cannot train the weights of a sparse head: they "
+                    "have no .grad, and the factors of their gradient would pile up. Give the groups of "
                     'model.param_groups() that are marked "rows" to plumbing.label_level.RowAdam, '
                     "or build the head with sparse=False"
                 )
