@@ -38,11 +38,11 @@ from plumbing.cli import flag, main, natural, positive, rate, settings, settle
 from plumbing.encoders import set_weights
 from plumbing.errors import UserError
 from plumbing.feature_file import unnamed_array
+from plumbing.known_labels import most_known, without_known
 from plumbing.label_level import RowAdam
 from plumbing.loss_watch import LossWatch
 from plumbing.memory import memory_advice, room_for_training
 from plumbing.precision import choose_amp
-from plumbing.prediction import over_split
 from plumbing.stopping import asked_to_stop
 from plumbing.store import load_pt, save_pt
 from plumbing.training_log import logger
@@ -406,13 +406,53 @@ def predict_rankings(
     return {key: value.cpu().numpy() for key, value in found.items()}
 
 
+def predict_split(
+    model: torch.nn.Module,
+    data: data_stage.Data,
+    name: str,
+    max_len: int,
+    batch_size: int,
+    predict: Callable[[data_stage.Batch, int], dict[str, np.ndarray]],
+    k: int,
+) -> dict[str, np.ndarray]:
+    """Apply predict(batch, k) to a whole split. The rows of what it finds are in the corpus' order.
+
+    `predict` gives arrays with a row per document. In pairs "labels ..." and "scores ..." the
+    labels that are known of a document beforehand make room for the next ones.
+    """
+    model.eval()
+    device = model.slot_to_label.device
+    known = data.known.get(name)
+    more = most_known(known)
+    # 1. Documents of about one length together, as in training: hardly any padding.
+    order = np.argsort(np.diff(data.splits[name].offsets), kind="stable")
+    parts = []
+    for start in range(0, len(order), batch_size):
+        rows = order[start : start + batch_size]
+        batch = data.batch(name, rows, max_len).to(device)
+        parts.append(predict(batch, k + more))
+    # 2. Back into the corpus' order.
+    back = np.argsort(order)
+    found = {}
+    for key in parts[0]:
+        by_length = np.concatenate([part[key] for part in parts])
+        found[key] = by_length[back]
+    # 3. What is known beforehand is no prediction.
+    if more:
+        for key in list(found):
+            if key.startswith("labels"):
+                scores = key.replace("labels", "scores")
+                found[key], found[scores] = without_known(found[key], found[scores], known, k)
+    return found
+
+
 def validate(model: model_stage.Cascade, data: data_stage.Data, config: Config) -> dict:
     """{"P": {ranking: [P@1, P@3, P@5]}, "recall": [shortlist recall per level]}, all in percent."""
 
     def predict(batch: data_stage.Batch, k: int) -> dict[str, np.ndarray]:
         return predict_rankings(model, batch, k)
 
-    found = over_split(model, data, "val", config.max_len, 2 * config.batch_size, predict, 5)
+    found = predict_split(model, data, "val", config.max_len, 2 * config.batch_size, predict, 5)
     split = data.splits["val"]
     n_labelled = max(1, int(np.count_nonzero(np.diff(split.label_offsets))))
     # P@k of each ranking: correct ones among the first k, over k, averaged over documents.

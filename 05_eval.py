@@ -4,21 +4,28 @@
     python 05_eval.py --run runs/mine --split val --exact --show 5
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt
-Writes   RUN/predictions.npz    labels (N, k) int32, -1 where there are fewer; scores (N, k) float32, descending;
-                                documents in the corpus' order; of another split than test: RUN/predictions.SPLIT.npz
+Writes   RUN/predictions.npz    labels (N, k) int32, best first, -1 where there are fewer;
+                                scores (N, k) float32, descending; documents in the corpus' order.
+                                Of another split than test: RUN/predictions.SPLIT.npz
 
-The rankings of the cascade (p(label) p(its cluster); the product down the whole path; p(label) alone) stand side by
-side; the one that is written was chosen on the validation split by stage 4. p(label) alone is a ranking of the beam:
-it was trained inside shortlists, and orders all labels in another way, so --exact refuses it. The yardsticks are
-computed in the same run, from the same tokens: the most frequent labels, and 20 nearest neighbours on TF-IDF. Metrics
-are means over the documents that have labels, in percent. Labels known beforehand (filter files) are in no row. Left
-out here: pictures, comparisons between runs and their
-significance, which are in tools/.
+A number says little alone. So the table has two yardsticks, computed in the same run from the same
+tokens: the most frequent labels, for everyone, and the labels of the 20 nearest neighbours.
 
-Shapes   N documents, L labels, V vocabulary, B batch, K candidates, k labels predicted
+The cascade can rank its labels in three ways (03_model.py), and all three are in the table. Stage 4
+chose one on the validation split, and that one is written. p(label) alone is a ranking of the beam:
+it was trained inside shortlists and orders all labels in another way, so --exact refuses it.
+
+Metrics are means over the documents that have labels, in percent. Labels known beforehand (filter
+files) are in no row of the table.
+
+Left out: pictures, comparisons between runs and their significance, which are in tools/.
+Shapes   N documents of a split, L labels, V words of the vocabulary, B documents of a batch,
+         C clusters, F children of each (fan), S slots, P (document, label) pairs,
+         k labels predicted, M labels scored
 """
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -32,9 +39,9 @@ from tqdm import tqdm
 
 from plumbing.cli import flag, main, natural, pair, positive
 from plumbing.errors import UserError
+from plumbing.known_labels import labels_without_known, most_known
 from plumbing.label_level import product
 from plumbing.memory import memory_advice, need_space
-from plumbing.prediction import labels_without_known, most_known, over_split
 from plumbing.store import save_npz
 
 data_stage = import_module("01_data")
@@ -42,59 +49,142 @@ tree_stage = import_module("02_label_tree")
 model_stage = import_module("03_model")
 train_stage = import_module("04_train")
 
-COLUMNS = ["P@1", "P@3", "P@5", "nDCG@3", "nDCG@5", "PSP@1", "PSP@3", "PSP@5", "RP@5", "R@10", "R@100"]
+COLUMNS = [
+    "P@1", "P@3", "P@5", "nDCG@3", "nDCG@5", "PSP@1", "PSP@3", "PSP@5", "RP@5", "R@10", "R@100",
+]  # fmt: skip
 NAMES = {"label": "p(label)", "parent": "p(label) p(cluster)", "path": "product of the path"}
+COSINES = 2**24  # cosines of documents with documents in memory at a time: 64 MB
 
 
 @dataclass(frozen=True)
 class Config:
     run: str = flag("runs/demo", "folder of this run's artifacts")
     split: str = flag("test", "documents to predict: test, val or train")
-    k: int = flag(100, "labels to predict for each document", positive)
-    exact: bool = flag(False, "also score every label, the oracle of the beam, and write that ranking")
     show: int = flag(0, "documents to print with their predicted and true labels", natural)
-    propensity: str = flag("0.55,1.5", "constants A,B of the propensity model")
+    k: int = flag(100, "labels to predict for each document", positive)
+    exact: bool = flag(
+        False, "also score every label, the oracle of the beam, and write that ranking"
+    )
     batch_size: int = flag(128, "documents predicted at a time", positive)
+    propensity: str = flag("0.55,1.5", "constants A,B of the propensity model")
     seed: int = flag(0, "seed of the choice of documents to show", natural)
 
 
-def inverse_propensity(count_L: np.ndarray, n_documents: int, a: float = 0.55, b: float = 1.5) -> np.ndarray:
-    """(L,) weights 1 + C (N_l + b)^-a with C = (ln N - 1)(b + 1)^a (Jain, Prabhu and Varma, KDD 2016)."""
+# 1. Metrics. `hit_Nk` says which of the first k predicted labels are correct. Every function gives
+# an
+#    array (k,) whose entry j - 1 is the metric at j, between 0 and 1. n_N counts a document's labels.
+
+
+def precision(hit_Nk: np.ndarray) -> np.ndarray:
+    """P@j = correct labels among the first j / j.
+
+    Two of the first three are correct: P@3 = 2/3. A document with one label has at most P@3 = 1/3.
+    """
+    k = hit_Nk.shape[1]
+    correct_Nk = hit_Nk.cumsum(axis=1)
+    rank_k = np.arange(1, k + 1)
+    return (correct_Nk / rank_k).mean(axis=0)
+
+
+def recall(hit_Nk: np.ndarray, n_N: np.ndarray) -> np.ndarray:
+    """R@j = correct labels among the first j / all labels of the document."""
+    correct_Nk = hit_Nk.cumsum(axis=1)
+    return (correct_Nk / n_N[:, None]).mean(axis=0)
+
+
+def r_precision(hit_Nk: np.ndarray, n_N: np.ndarray) -> np.ndarray:
+    """RP@j = correct labels among the first j / the most that could be: min(j, labels).
+
+    A document with one label, found first, has RP@5 = 1 where P@5 is 1/5.
+    """
+    k = hit_Nk.shape[1]
+    correct_Nk = hit_Nk.cumsum(axis=1)
+    possible_Nk = np.minimum(np.arange(1, k + 1), n_N[:, None])
+    return (correct_Nk / possible_Nk).mean(axis=0)
+
+
+def ndcg(hit_Nk: np.ndarray, n_N: np.ndarray) -> np.ndarray:
+    """nDCG@j = sum over ranks r <= j of [correct at r] / log2(r + 1), over the best possible sum.
+
+    A correct label counts 1 at rank 1, 0.63 at rank 2, 0.5 at rank 3 and 0.39 at rank 5. The best
+    possible ranking has all correct labels first.
+    """
+    k = hit_Nk.shape[1]
+    rank_k = np.arange(1, k + 1)
+    discount_k = 1 / np.log2(rank_k + 1)
+    gain_Nk = (hit_Nk * discount_k).cumsum(axis=1)
+    best_by_number_k = discount_k.cumsum()  # for 1, 2, ..., k correct labels
+    possible_Nk = np.minimum(rank_k, n_N[:, None])
+    best_Nk = best_by_number_k[possible_Nk - 1]
+    return (gain_Nk / best_Nk).mean(axis=0)
+
+
+def propensity_scored_precision(
+    hit_Nk: np.ndarray, labels_Nk: np.ndarray, best_Nk: np.ndarray, weight_L: np.ndarray
+) -> np.ndarray:
+    """PSP@j = the weights of correct labels among the first j, over the best possible sum of
+    weights.
+
+    Both are summed over all documents before the division, as in the XMC repository. A rare label
+    has a large weight: see `inverse_propensity`.
+    """
+    gained_k = (hit_Nk * weight_L[labels_Nk]).sum(axis=0).cumsum()
+    possible_k = best_Nk.sum(axis=0).cumsum()
+    return gained_k / possible_k
+
+
+def inverse_propensity(
+    count_L: np.ndarray, n_documents: int, a: float = 0.55, b: float = 1.5
+) -> np.ndarray:
+    """(L,) weights 1 + C (N_l + b)^-a with C = (ln N - 1)(b + 1)^a; N_l training documents have
+    label l.
+
+    People who label documents overlook rare labels. The propensity of a label is the probability
+    that it was noted where it is correct, and its inverse is the weight (Jain, Prabhu and Varma,
+    KDD 2016). In the demo a label with one training document weighs 10, one with a thousand
+    documents 1.4.
+    """
     c = (np.log(n_documents) - 1) * (b + 1) ** a
     return 1 + c * (count_L + b) ** -a
 
 
-def metrics(labels_Nk: np.ndarray, split: data_stage.Split, weight_L: np.ndarray) -> dict[str, np.ndarray]:
-    """{"P", "nDCG", "PSP", "R", "RP"}: arrays (k,) whose entry j - 1 is the metric at j, in percent.
+def best_weights(split: data_stage.Split, weight_L: np.ndarray, k: int) -> np.ndarray:
+    """(N, k): the weights of a document's own labels, largest first, and 0 where it has fewer."""
+    n_documents = len(split)
+    doc_P = np.repeat(np.arange(n_documents), np.diff(split.label_offsets))
+    # Sort the pairs by document, and within a document by falling weight.
+    order_P = np.lexsort((-weight_L[split.labels], doc_P))
+    place_P = np.arange(len(order_P)) - split.label_offsets[doc_P]
+    best_Nk = np.zeros((n_documents, k))
+    is_first_P = place_P < k
+    sorted_weight_P = weight_L[split.labels[order_P]]
+    best_Nk[doc_P[is_first_P], place_P[is_first_P]] = sorted_weight_P[is_first_P]
+    return best_Nk
 
-    P@j: right ones among the first j, over j. R@j: over the document's labels. RP@j: over the smaller of the two.
-    nDCG@j: right ones discounted by log2(rank + 1), over the best possible. PSP@j: right ones weighted by `weight_L`,
-    summed over all documents, over the best possible sum, as in the XMC repository. Documents without labels are left
-    out; nan when none has any.
+
+def metrics(
+    labels_Nk: np.ndarray, split: data_stage.Split, weight_L: np.ndarray
+) -> dict[str, np.ndarray]:
+    """{"P", "R", "RP", "nDCG", "PSP"}: arrays (k,) whose entry j - 1 is the metric at j, in
+    percent.
+
+    Documents without labels are left out; nan when none has any. `weight_L`: `inverse_propensity`.
     """
-    n_N = np.diff(split.label_offsets)
-    has = n_N > 0
-    if not has.any():
-        return {name: np.full(labels_Nk.shape[1], np.nan) for name in ("P", "R", "RP", "nDCG", "PSP")}
-    hits_Nk, n_N, labels_Nk = train_stage.hits(labels_Nk, split)[has], n_N[has, None], labels_Nk[has]
     k = labels_Nk.shape[1]
-    rank_k = np.arange(1, k + 1)
-    discount_k = 1 / np.log2(rank_k + 1)
-    right_Nk = hits_Nk.cumsum(axis=1)
-    ideal_Nk = discount_k.cumsum()[np.minimum(rank_k, n_N) - 1]
-    # Best possible PSP: each document's labels by falling weight, as a (N, k) table filled with zeros.
-    doc_P = np.repeat(np.arange(len(split)), np.diff(split.label_offsets))
-    order = np.lexsort((-weight_L[split.labels], doc_P))
-    place_P = np.arange(len(order)) - split.label_offsets[doc_P]
-    best = np.zeros((len(split), k))
-    first = place_P < k
-    best[doc_P[first], place_P[first]] = weight_L[split.labels[order]][first]
+    n_N = np.diff(split.label_offsets)
+    has_labels_N = n_N > 0
+    if not has_labels_N.any():
+        return {name: np.full(k, np.nan) for name in ("P", "R", "RP", "nDCG", "PSP")}
+    best_Nk = best_weights(split, weight_L, k)
+    hit_Nk = train_stage.hits(labels_Nk, split)[has_labels_N]
+    labels_Nk = labels_Nk[has_labels_N]
+    n_N = n_N[has_labels_N]
     result = {
-        "P": (right_Nk / rank_k).mean(axis=0),
-        "R": (right_Nk / n_N).mean(axis=0),
-        "RP": (right_Nk / np.minimum(rank_k, n_N)).mean(axis=0),
-        "nDCG": ((hits_Nk * discount_k).cumsum(axis=1) / ideal_Nk).mean(axis=0),
-        "PSP": (hits_Nk * weight_L[labels_Nk]).sum(axis=0).cumsum() / best.sum(axis=0).cumsum(),
+        "P": precision(hit_Nk),
+        "R": recall(hit_Nk, n_N),
+        "RP": r_precision(hit_Nk, n_N),
+        "nDCG": ndcg(hit_Nk, n_N),
+        "PSP": propensity_scored_precision(hit_Nk, labels_Nk, best_Nk, weight_L),
     }
     return {name: 100 * values for name, values in result.items()}
 
@@ -105,129 +195,248 @@ def row(name: str, result: dict[str, np.ndarray]) -> str:
     for column in COLUMNS:
         metric, j = column.split("@")
         values = result[metric]
-        cells.append(f"{values[int(j) - 1]:7.1f}" if int(j) <= len(values) else f"{'-':>7}")
+        if int(j) <= len(values):
+            cells.append(f"{values[int(j) - 1]:7.1f}")
+        else:
+            cells.append(f"{'-':>7}")
     return f"{name:34}" + "".join(cells)
 
 
-def most_frequent(train: data_stage.Split, n_documents: int, n_labels: int, k: int,
-                  known: csr_matrix | None = None) -> np.ndarray:
-    """(N, k): the k labels with the most training documents, for everyone; -1 where there are fewer labels.
+# 2. Yardsticks.
 
-    What is `known` (N, L) of a document is no prediction for it: the next label moves up, as in the cascade's rows.
+
+def most_frequent(
+    train: data_stage.Split,
+    n_documents: int,
+    n_labels: int,
+    k: int,
+    known: csr_matrix | None = None,
+) -> np.ndarray:
+    """(N, k): the k labels with the most training documents, for everyone; -1 if there are fewer.
+
+    What is `known` (N, L) of a document is no prediction for it: the next label moves up.
     """
-    found = k + most_known(known)
+    n_wanted = k + most_known(known)
     count_L = np.bincount(train.labels, minlength=n_labels)
-    best = np.argsort(-count_L, kind="stable")[:found]
-    best = np.pad(best, (0, found - len(best)), constant_values=-1)
-    return labels_without_known(np.tile(best, (n_documents, 1)), known, k)
+    best = np.argsort(-count_L, kind="stable")[:n_wanted]
+    best = np.pad(best, (0, n_wanted - len(best)), constant_values=-1)
+    the_same_for_all = np.tile(best, (n_documents, 1))
+    return labels_without_known(the_same_for_all, known, k)
 
 
-def nearest_neighbours(train: data_stage.Split, split: data_stage.Split, vocab: int, n_labels: int, k: int,
-                       neighbours: int = 20, known: csr_matrix | None = None) -> np.ndarray:
-    """(N, k): labels of the training documents nearest by TF-IDF cosine, by the sum of the cosines; -1 where fewer.
-    What is `known` (N, L) of a document is no prediction for it.
+def nearest_neighbours(
+    train: data_stage.Split,
+    split: data_stage.Split,
+    vocab: int,
+    n_labels: int,
+    k: int,
+    neighbours: int = 20,
+    known: csr_matrix | None = None,
+) -> np.ndarray:
+    """(N, k): the labels of the nearest training documents; -1 where there are fewer.
+
+    Near is what has a large cosine of the TF-IDF vectors (02_label_tree.py). A label's score is the
+    sum of the cosines of the neighbours that have it. What is `known` (N, L) is no prediction.
     """
-    found = k + most_known(known)
+    n_wanted = k + most_known(known)
+    n_train = len(train)
     X_train, idf_V = tree_stage.tfidf(train, None, vocab)
     X, _ = tree_stage.tfidf(split, idf_V, vocab)
-    Y, columns = train.label_matrix(n_labels), X_train.T.tocsr()
-    neighbours, chunk = min(neighbours, len(train)), max(1, 2**24 // len(train))  # 64 MB of cosines at a time
-    labels = np.full((len(split), found), -1, np.int64)
+    Y_train = train.label_matrix(n_labels)
+    X_transposed = X_train.T.tocsr()
+    neighbours = min(neighbours, n_train)
+    chunk = max(1, COSINES // n_train)
+    labels = np.full((len(split), n_wanted), -1, np.int64)
     for start in tqdm(range(0, len(split), chunk), desc="neighbours", unit=" chunks", disable=None):
-        cosine = (X[start : start + chunk] @ columns).toarray()
+        # 1. The cosines of some documents with all training documents: the vectors have length 1.
+        cosine = (X[start : start + chunk] @ X_transposed).toarray()
+        n = len(cosine)
+        # 2. The nearest of each.
         near = np.argpartition(-cosine, neighbours - 1, axis=1)[:, :neighbours]
-        weights = np.take_along_axis(cosine, near, axis=1).ravel()
-        votes = csr_matrix((weights, near.ravel(), np.arange(len(near) + 1) * neighbours), (len(near), len(train))) @ Y
-        doc = np.repeat(np.arange(len(near)), np.diff(votes.indptr))
-        order = np.lexsort((votes.indices, -votes.data, doc))  # by votes, then by label id
-        place = np.arange(len(doc)) - votes.indptr[doc]
-        first = place < found
-        labels[start + doc[first], place[first]] = votes.indices[order][first]
+        weight = np.take_along_axis(cosine, near, axis=1)
+        # 3. Each neighbour votes for its labels: a sparse (n, n_train) matrix of weights, times Y.
+        ends = np.arange(n + 1) * neighbours
+        voters = csr_matrix((weight.ravel(), near.ravel(), ends), (n, n_train))
+        votes = voters @ Y_train
+        # 4. Sort the labels of each document by votes, and equal ones by their number.
+        doc_P = np.repeat(np.arange(n), np.diff(votes.indptr))
+        order_P = np.lexsort((votes.indices, -votes.data, doc_P))
+        place_P = np.arange(len(doc_P)) - votes.indptr[doc_P]
+        is_first_P = place_P < n_wanted
+        sorted_labels_P = votes.indices[order_P]
+        labels[start + doc_P[is_first_P], place_P[is_first_P]] = sorted_labels_P[is_first_P]
     return labels_without_known(labels, known, k)
 
 
+# 3. Predictions.
+
+
 @torch.no_grad()
-def predict_exact(model: model_stage.Cascade, batch: data_stage.Batch, k: int, ranking: str,
-                  chunk: int = 4096) -> tuple[torch.Tensor, torch.Tensor]:
-    """As model.predict, but with every label scored: `chunk` leaf clusters at a time and a running top k."""
-    features, scores, best = model.features(batch), None, None
+def predict_exact(
+    model: model_stage.Cascade,
+    batch: data_stage.Batch,
+    k: int,
+    ranking: str,
+    chunk: int = 4096,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """As model.predict, but with every label scored: what a beam as wide as the tree would find.
+
+    `chunk` leaf clusters are scored at a time, and the best k so far are kept.
+    """
+    features = model.features(batch)
+    # 1. The cluster levels: every node, each under its parent's score.
+    scores = None
     for head, x_BD in zip(model.heads[:-1], features, strict=False):
-        scores = model_stage.rank(product(x_BD, head.weight, head.bias), scores)
+        logits_BCF = product(x_BD, head.weight, head.bias)
+        scores = model_stage.rank(logits_BCF, scores)
+    # 2. The labels, some leaf clusters at a time.
     leaf = model.heads[-1]
-    for start in range(0, model.counts[-2], chunk):
+    n_clusters = model.counts[-2]
+    slot_to_label_CF = model.slot_to_label.view(n_clusters, -1)
+    best = None
+    for start in range(0, n_clusters, chunk):
         part = slice(start, start + chunk)
-        labels_S = model.slot_to_label.view(model.counts[-2], -1)[part].flatten()
         logits_BCF = product(features[-1], leaf.weight[part], leaf.bias[part])
-        above = scores and {name: score_BC[:, part] for name, score_BC in scores.items()}
-        score_BS = model_stage.rank(logits_BCF, above)[ranking]
-        found = labels_S.expand(score_BS.shape), score_BS.masked_fill(labels_S < 0, -torch.inf)
-        best = model_stage.best_k(*(torch.cat(pair, 1) for pair in zip(best, found, strict=True)) if best else found, k)
+        above = None
+        if scores is not None:
+            above = {name: score_BC[:, part] for name, score_BC in scores.items()}
+        score_BM = model_stage.rank(logits_BCF, above)[ranking]
+        labels_M = slot_to_label_CF[part].flatten()
+        score_BM = score_BM.masked_fill(labels_M < 0, -torch.inf)
+        labels_BM = labels_M.expand(score_BM.shape)
+        # 3. They compete with the best so far.
+        if best is not None:
+            labels_BM = torch.cat([best[0], labels_BM], 1)
+            score_BM = torch.cat([best[1], score_BM], 1)
+        best = model_stage.best_k(labels_BM, score_BM, k)
     return best
 
 
-def run(config: Config) -> None:
-    if config.split not in ("train", "val", "test"):
-        raise UserError(f"--split {config.split}: expected test, val or train")
-    a, b = pair(config.propensity, "--propensity")
-    data = data_stage.load(config.run)
-    split, train, n_labels = data.splits[config.split], data.splits["train"], len(data.names)
-    weight_L = inverse_propensity(np.bincount(train.labels, minlength=n_labels), len(train), a, b)
-    model, trained, ranking = train_stage.load(config.run, data)
-    if config.exact and ranking == "label" and model.topk:
-        raise UserError("--exact: validation chose p(label) as the ranking of the beam. It was trained inside the beam "
-                        "and orders all labels in another way, so it has no exact counterpart; leave --exact out")
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device).eval()
-    k = config.k
+@dataclass
+class Predictions:
+    """The predictions of a split, and how fast they were made."""
+
+    beam: dict[str, np.ndarray]  # "labels NAME", "scores NAME" (N, k) per ranking, "kept t" (N,)
+    beam_rate: float  # documents per second
+    exact: dict[str, np.ndarray] | None  # "labels", "scores" (N, k) of --exact
+    exact_rate: float | None
+    labels: np.ndarray  # (N, k), what is written
+    scores: np.ndarray  # (N, k), log-probabilities
+
+
+def predict(
+    config: Config,
+    data: data_stage.Data,
+    model: model_stage.Cascade,
+    max_len: int,
+    ranking: str,
+) -> Predictions:
+    """Predict a split by the beam, and with --exact by scoring every label."""
+
+    def timed(one_batch: Callable) -> tuple[dict[str, np.ndarray], float]:
+        """(what was found, documents per second)."""
+        device = model.slot_to_label.device
+        # One document first: some things are set up only once, and should not be timed.
+        first_document = data.batch(config.split, np.arange(1), max_len).to(device)
+        one_batch(first_document, config.k)
+        start = time.perf_counter()
+        found = train_stage.predict_split(
+            model, data, config.split, max_len, config.batch_size, one_batch, config.k
+        )
+        seconds = time.perf_counter() - start
+        return found, len(data.splits[config.split]) / seconds
 
     def every_label(batch: data_stage.Batch, k: int) -> dict[str, np.ndarray]:
         labels, scores = predict_exact(model, batch, k, ranking)
         return {"labels": labels.cpu().numpy(), "scores": scores.cpu().numpy()}
 
-    def timed(predict) -> tuple[dict[str, np.ndarray], float]:
-        predict(data.batch(config.split, np.arange(1), trained.max_len).to(device), k)  # what is set up only once
-        start = time.perf_counter()
-        found = over_split(model, data, config.split, trained.max_len, config.batch_size, predict, k)
-        return found, len(split) / (time.perf_counter() - start)
-
-    need_space(Path(config.run), 9 * k * len(split))
-    with memory_advice(config, n_labels):
-        beam, beam_rate = timed(partial(train_stage.predict_rankings, model))
-        exact, exact_rate = timed(every_label) if config.exact else (None, None)
-    labels, scores = beam[f"labels {ranking}"], beam[f"scores {ranking}"]
+    beam, beam_rate = timed(partial(train_stage.predict_rankings, model))
+    labels = beam[f"labels {ranking}"]
+    scores = beam[f"scores {ranking}"]
+    exact = None
+    exact_rate = None
     if config.exact:
-        same = (exact["labels"][:, :5] == labels[:, :5]).all(axis=1).mean()
-        labels, scores = exact["labels"], exact["scores"]
-    file = "predictions.npz" if config.split == "test" else f"predictions.{config.split}.npz"
-    save_npz(Path(config.run) / file, config,
-             {"labels": labels.astype(np.int32), "scores": np.exp(scores)},
-             made_from=("data.npz", "tree.npz", "model.pt"), ranking=ranking)
+        exact, exact_rate = timed(every_label)
+        labels = exact["labels"]
+        scores = exact["scores"]
+    return Predictions(beam, beam_rate, exact, exact_rate, labels, scores)
 
-    unlabelled = int((np.diff(split.label_offsets) == 0).sum())
-    print(f"{config.split}: {len(split):,} documents, {unlabelled} of them without labels and left out of the metrics")
-    print(f"{'%':34}" + "".join(f"{column:>7}" for column in COLUMNS))
+
+def file_of(split: str) -> str:
+    """The name of the artifact with a split's predictions."""
+    return "predictions.npz" if split == "test" else f"predictions.{split}.npz"
+
+
+def save(config: Config, found: Predictions, ranking: str) -> None:
+    """Write the predictions: labels, and probabilities under the ranking."""
+    arrays = {"labels": found.labels.astype(np.int32), "scores": np.exp(found.scores)}
+    made_from = ("data.npz", "tree.npz", "model.pt")
+    path = Path(config.run) / file_of(config.split)
+    save_npz(path, config, arrays, made_from=made_from, ranking=ranking)
+
+
+# 4. What is printed.
+
+
+def print_table(
+    config: Config, data: data_stage.Data, found: Predictions, ranking: str
+) -> None:
+    """The yardsticks, and the cascade by each of its rankings."""
+    split = data.splits[config.split]
+    train = data.splits["train"]
     known = data.known.get(config.split)
-    frequent = most_frequent(train, len(split), n_labels, k, known)
-    print(row("most frequent labels", metrics(frequent, split, weight_L)))
-    near = nearest_neighbours(train, split, data.meta["vocab_size"], n_labels, k, known=known)
-    print(row("20 nearest neighbours, TF-IDF", metrics(near, split, weight_L)))
+    n_labels = len(data.names)
+    a, b = pair(config.propensity, "--propensity")
+    weight_L = inverse_propensity(np.bincount(train.labels, minlength=n_labels), len(train), a, b)
+
+    def print_row(name: str, labels_Nk: np.ndarray) -> None:
+        print(row(name, metrics(labels_Nk, split, weight_L)))
+
+    n_unlabelled = int((np.diff(split.label_offsets) == 0).sum())
+    print(
+        f"{config.split}: {len(split):,} documents, {n_unlabelled} of them without labels and left "
+        "out of the metrics"
+    )
+    print(f"{'%':34}" + "".join(f"{column:>7}" for column in COLUMNS))
+    frequent = most_frequent(train, len(split), n_labels, config.k, known)
+    print_row("most frequent labels", frequent)
+    vocab = data.meta["vocab_size"]
+    near = nearest_neighbours(train, split, vocab, n_labels, config.k, known=known)
+    print_row("20 nearest neighbours, TF-IDF", near)
     for name in model_stage.RANKINGS:
         mark = " *" if name == ranking else ""
-        print(row(f"cascade, {NAMES[name]}{mark}", metrics(beam[f"labels {name}"], split, weight_L)))
+        print_row(f"cascade, {NAMES[name]}{mark}", found.beam[f"labels {name}"])
+    holds = "this"
     if config.exact:
-        print(row(f"every label, {NAMES[ranking]}", metrics(labels, split, weight_L)))
-    print(f"* chosen on validation; {file} holds {'it with every label scored' if config.exact else 'this'}")
-    pairs = max(1, len(split.labels))
-    recalls = ", ".join(f"{k_t} of {n:,} clusters {100 * beam[f'kept {t}'].sum() / pairs:.1f}"
-                        for t, (k_t, n) in enumerate(zip(model.topk, model.counts[1:], strict=False)))
+        print_row(f"every label, {NAMES[ranking]}", found.labels)
+        holds = "it with every label scored"
+    print(f"* chosen on validation; {file_of(config.split)} holds {holds}")
+
+
+def print_recall(split: data_stage.Split, model: model_stage.Cascade, beam: dict) -> None:
+    """At each cluster level: how many correct labels were still within reach?"""
+    n_pairs = max(1, len(split.labels))
+    recalls = []
+    for t, k in enumerate(model.topk):
+        n_clusters = model.counts[t + 1]
+        percent = 100 * beam[f"kept {t}"].sum() / n_pairs
+        recalls.append(f"{k} of {n_clusters:,} clusters {percent:.1f}")
     if recalls:  # a tree of the root alone keeps everything
-        print(f"shortlist recall (share of the labels whose cluster is kept): {recalls}")
-    print(f"beam, all three rankings: {beam_rate:,.0f} documents per second")
-    if config.exact:
-        print(f"every label, one ranking: {exact_rate:,.0f} documents per second; "
-              f"the same top 5 in the same order for {100 * same:.2f}% of the documents")
-    if config.show:
-        show(config, data, labels, np.exp(scores))
+        shown = ", ".join(recalls)
+        print(f"shortlist recall (share of the labels whose cluster is kept): {shown}")
+
+
+def print_speed(found: Predictions, ranking: str) -> None:
+    """Documents per second, and how often the beam finds what scoring every label finds."""
+    print(f"beam, all three rankings: {found.beam_rate:,.0f} documents per second")
+    if found.exact is not None:
+        beam_top_5 = found.beam[f"labels {ranking}"][:, :5]
+        exact_top_5 = found.exact["labels"][:, :5]
+        same = (exact_top_5 == beam_top_5).all(axis=1).mean()
+        print(
+            f"every label, one ranking: {found.exact_rate:,.0f} documents per second; "
+            f"the same top 5 in the same order for {100 * same:.2f}% of the documents"
+        )
 
 
 def show(config: Config, data: data_stage.Data, labels: np.ndarray, scores: np.ndarray) -> None:
@@ -237,12 +446,44 @@ def show(config: Config, data: data_stage.Data, labels: np.ndarray, scores: np.n
     rows = np.random.default_rng(config.seed).permutation(len(split))[: config.show]
     for i in rows:
         true = split.labels[split.label_offsets[i] : split.label_offsets[i + 1]]
-        text = tokenizer.decode(split.ids[split.offsets[i] : split.offsets[i + 1]][:80].tolist())
+        ids = split.ids[split.offsets[i] : split.offsets[i + 1]]
+        text = tokenizer.decode(ids[:80].tolist())
         print(f"\n{config.split} {i}: {text}")
         for label, score in zip(labels[i, :5], scores[i, :5], strict=True):
             if label >= 0:
-                print(f"  {'+' if label in true else ' '} {score:.3f} {data.names[label]}")
+                mark = "+" if label in true else " "
+                print(f"  {mark} {score:.3f} {data.names[label]}")
         print("  true: " + ", ".join(data.names[label] for label in true))
+
+
+# 5. From the command line to a table.
+
+
+def run(config: Config) -> None:
+    if config.split not in ("train", "val", "test"):
+        raise UserError(f"--split {config.split}: expected test, val or train")
+    pair(config.propensity, "--propensity")  # refused now, not after minutes of prediction
+    data = data_stage.load(config.run)
+    model, trained, ranking = train_stage.load(config.run, data)
+    if config.exact and ranking == "label" and model.topk:
+        raise UserError(
+            "--exact: validation chose p(label) as the ranking of the beam. It was trained inside "
+            "the beam and orders all labels in another way, so it has no exact counterpart; "
+            "leave --exact out"
+        )
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    model.to(device).eval()
+    split = data.splits[config.split]
+    need_space(Path(config.run), 9 * config.k * len(split))
+
+    with memory_advice(config, len(data.names)):
+        found = predict(config, data, model, trained.max_len, ranking)
+    save(config, found, ranking)
+    print_table(config, data, found, ranking)
+    print_recall(split, model, found.beam)
+    print_speed(found, ranking)
+    if config.show:
+        show(config, data, found.labels, np.exp(found.scores))
 
 
 if __name__ == "__main__":

@@ -51,7 +51,7 @@ from scipy.sparse import csr_matrix, diags_array, hstack
 from data import formats
 from plumbing.cli import flag, main, natural, positive, settings
 from plumbing.errors import UserError
-from plumbing.prediction import most_known, without_known
+from plumbing.known_labels import most_known, without_known
 from plumbing.store import save_npz
 from variants import common as variants
 

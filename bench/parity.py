@@ -21,7 +21,6 @@ from common import Report, stages
 
 from plumbing.cli import parse
 from plumbing.precision import set_up_torch
-from plumbing.prediction import over_split
 
 METRICS = ("P@1", "P@3", "P@5", "PSP@1", "PSP@3", "PSP@5")
 
@@ -41,7 +40,7 @@ def measure(config: stages.train.Config, kind: str) -> list[float]:
     model, config, ranking = stages.train.load(config.run, data)
     train, split = data.splits["train"], data.splits["test"]
     weight_L = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
-    found = over_split(model, data, "test", config.max_len, 128,
+    found = stages.train.predict_split(model, data, "test", config.max_len, 128,
                        lambda batch, k: stages.train.predict_rankings(model, batch, k), 5)
     values = stages.eval.metrics(found[f"labels {ranking}"], split, weight_L)
     return [float(values[name][int(k) - 1]) for name, k in (metric.split("@") for metric in METRICS)]

@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix, save_npz
 
 from data import formats
 from plumbing.errors import UserError
-from plumbing.prediction import without_known
+from plumbing.known_labels import without_known
 from plumbing.store import load_npz
 
 RNG = np.random.default_rng(0)

@@ -11,7 +11,6 @@ from conftest import SMALL, sha256, stages
 from plumbing.cli import settle
 from plumbing.errors import UserError
 from plumbing.label_level import RowAdam
-from plumbing.prediction import over_split
 from plumbing.store import load_pt
 
 train = stages.train
@@ -219,7 +218,7 @@ def test_validation_counts_what_the_metrics_count(done):
     result = train.validate(model, loaded, config)
     split = loaded.splits["val"]
     for ranking in stages.model.RANKINGS:
-        found = over_split(model, loaded, "val", config.max_len, 7,
+        found = train.predict_split(model, loaded, "val", config.max_len, 7,
                                      lambda batch, k: train.predict_rankings(model, batch, k), 5)  # noqa: B023
         metrics = stages.eval.metrics(found[f"labels {ranking}"], split, np.ones(len(loaded.names)))
         assert result["P"][ranking] == pytest.approx([metrics["P"][j - 1] for j in (1, 3, 5)])

@@ -35,7 +35,6 @@ from tokenizers import Tokenizer
 from data.formats import LONGEST, encodable
 from plumbing.cli import flag, main, positive
 from plumbing.errors import UserError
-from plumbing.prediction import over_split
 from plumbing.stages import load_stages
 
 stages = load_stages()
@@ -76,7 +75,7 @@ def tagger(config: Config) -> Callable[[list[str]], list[Tags]]:
 
     def tag(texts: list[str]) -> list[Tags]:
         batch = data._replace(splits={"new": documents(texts, tokenizer, most)})
-        found = over_split(model, batch, "new", trained.max_len, config.batch_size, predict, config.k)
+        found = stages.train.predict_split(model, batch, "new", trained.max_len, config.batch_size, predict, config.k)
         # A float32 has about 7 digits: as text, and back, it has no others.
         return [[{"name": data.names[label], "score": float(str(score))}
                  for label, score in zip(*row, strict=True) if label >= 0 and score >= config.threshold]

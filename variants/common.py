@@ -12,7 +12,6 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.cli import flag
-from plumbing.prediction import over_split
 from plumbing.stages import load_stages
 from plumbing.store import link, load_npz, load_pt, save_npz
 
@@ -64,7 +63,7 @@ def test(out: Path, model, config: stages.train.Config, name: str, seconds: floa
     def predict(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
         return dict(zip(("labels", "scores"), (x.cpu().numpy() for x in model.predict(batch, k)), strict=True))
 
-    found = over_split(model, data, "test", config.max_len, 2 * config.batch_size, predict, k)
+    found = stages.train.predict_split(model, data, "test", config.max_len, 2 * config.batch_size, predict, k)
     save_predictions(out, data, found["labels"], found["scores"], name, seconds)
 
 

@@ -27,7 +27,6 @@ import numpy as np
 from plumbing.cli import flag, main, natural, positive
 from plumbing.errors import UserError
 from plumbing.precision import in_turn
-from plumbing.prediction import over_split
 from plumbing.store import load_npz, load_pt
 from tools.compare import COLUMNS as ADDED
 from tools.compare import bootstrap, contributions, load_predictions
@@ -96,7 +95,7 @@ def predictor(run: str, name: str, documents: int) -> tuple[Callable[[], object]
     def one(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
         return {"labels": model.predict(batch, k, ranking)[0].cpu().numpy()}
 
-    return partial(over_split, model, data, "test", settings.max_len, 2 * settings.batch_size, one, 100
+    return partial(stages.train.predict_split, model, data, "test", settings.max_len, 2 * settings.batch_size, one, 100
                    ), scored, size / 1e6
 
 

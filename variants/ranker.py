@@ -40,7 +40,6 @@ from tqdm import tqdm
 
 from plumbing.cli import flag, main, positive, rate
 from plumbing.errors import UserError
-from plumbing.prediction import over_split
 from plumbing.store import load_npz, load_pt, save_npz
 from variants import common, xr_transformer
 from variants.common import stages
@@ -90,7 +89,7 @@ def look(model, data: stages.data.Data, split: str, settings: stages.train.Confi
         return {key: tensor.cpu().numpy() for key, tensor in found.items()}
 
     model.features = remember  # what predict reads: the encoder need not be run once more
-    found = over_split(model, data, split, settings.max_len, 2 * settings.batch_size, predict, config.k)
+    found = stages.train.predict_split(model, data, split, settings.max_len, 2 * settings.batch_size, predict, config.k)
     model.features = features
     X_NV, idf_V = stages.tree.tfidf(data.splits[split], idf_V, data.meta["vocab_size"])
     x_ND = found["x"] / np.linalg.norm(found["x"], axis=1, keepdims=True).clip(1e-12)
