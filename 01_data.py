@@ -70,14 +70,11 @@ class Config:
     max_tokens: int = flag(512, "keep at most this many tokens of a document", positive)
     vocab: int = flag(16000, "size of the vocabulary trained for 'tiny'", positive)
     val: float = flag(
-        0.1, "share of the training documents for validation, without such a split", rate
+        0.1, "share of the training documents for validation, where there is no such split", rate
     )
     seed: int = flag(0, "seed of every random choice", natural)
     text_limit: int = flag(0, "read at most this many characters of a document (0: all)", natural)
     separator: str = flag(";", "what stands between labels in a CSV column")
-
-
-# ------------------------------------------------------------------ what the later stages work with
 
 
 class Split(NamedTuple):
@@ -106,124 +103,22 @@ class Split(NamedTuple):
         return csr_matrix((ones, self.labels, self.label_offsets), shape=shape)
 
 
-class Batch(NamedTuple):
-    """What a model reads: some documents, padded to the length of the longest, and their labels.
-
-    The labels are P pairs (document of the batch, label id). A matrix (B, L) of zeros and ones
-    would say the same, but with a million labels almost all of it would be zeros.
-
-        document 0 has labels 3 and 7,      doc_P     0 0 1
-        document 1 has label 3              label_P   3 7 3
-    """
-
-    ids_BT: torch.Tensor  # int64, padded at the right
-    mask_BT: torch.Tensor  # int64, 1 at tokens, 0 at padding
-    doc_P: torch.Tensor  # int64, from 0 to B-1
-    label_P: torch.Tensor  # int64, from 0 to L-1
-    pooled_BHD: torch.Tensor | None = None  # float16: the encoder's features, if stage 4 has them
-
-    def to(self, device: torch.device) -> "Batch":
-        return move(self, device)
-
-
-def move(batch: tuple, device: torch.device) -> tuple:
-    """A batch of any kind on a device. A field that is None stays None."""
-    moved = []
-    for tensor in batch:
-        moved.append(None if tensor is None else tensor.to(device, non_blocking=True))
-    return type(batch)(*moved)
-
-
-class Data(NamedTuple):
-    """data.npz in memory."""
-
-    splits: dict[str, Split]  # train, val, test; and label, the labels' own texts
-    names: list[str]  # (L,)
-    meta: dict  # encoder, vocab_size, prefix, suffix, pad and the record of the artifact
-    tokenizer: bytes = b""  # for tokenizers.Tokenizer.from_buffer
-    # Labels known beforehand, by split, each (N, L). They are never predicted.
-    known: Mapping[str, csr_matrix] = {}
-    # The features of an encoder that does not learn, by split, each (N, H, D) float16.
-    encoded: Mapping[str, np.ndarray] = {}
-
-    def batch(self, split: str, rows: np.ndarray, max_len: int) -> Batch:
-        """The documents `rows` (B,) of a split, cut to `max_len` tokens with the special ones."""
-        part = self.splits[split]
-        ids_BT, mask_BT = self._padded(part, rows, max_len)
-
-        n_labels_B = part.label_offsets[rows + 1] - part.label_offsets[rows]
-        doc_P, _, place_P = flatten(part.label_offsets[rows], n_labels_B)
-        label_P = part.labels[place_P].astype(np.int64)
-
-        pooled_BHD = None
-        if split in self.encoded:
-            pooled_BHD = torch.from_numpy(self.encoded[split][rows])
-        return Batch(
-            torch.from_numpy(ids_BT),
-            torch.from_numpy(mask_BT),
-            torch.from_numpy(doc_P),
-            torch.from_numpy(label_P),
-            pooled_BHD,
-        )
-
-    def _padded(self, part: Split, rows: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
-        """(ids_BT, mask_BT). A row holds the prefix, the document's tokens, the suffix and padding.
-
-        The plain form is a loop over the documents, which tests/test_data.py has:
-            row = prefix + tokens[: max_len - len(prefix) - len(suffix)] + suffix
-        Here all documents are copied at once.
-        """
-        prefix = self.meta["prefix"]  # such as the id of [CLS]
-        suffix = self.meta["suffix"]  # such as the id of [SEP]
-        room = max_len - len(prefix) - len(suffix)
-        if room < 1:
-            raise UserError(
-                f"--max-len {max_len} leaves no room beside the special tokens; raise it"
-            )
-
-        # How many tokens we keep of each document, and where its suffix begins.
-        length_B = np.minimum(part.offsets[rows + 1] - part.offsets[rows], room)
-        end_B = len(prefix) + length_B
-
-        # Start with padding alone, then write the prefix, the tokens and the suffix over it.
-        width = end_B.max() + len(suffix)  # T
-        ids_BT = np.full((len(rows), width), self.meta["pad"], np.int64)
-        ids_BT[:, : len(prefix)] = prefix
-        doc, position, place = flatten(part.offsets[rows], length_B)
-        ids_BT[doc, len(prefix) + position] = part.ids[place]
-        for i, token in enumerate(suffix):
-            ids_BT[np.arange(len(rows)), end_B + i] = token
-
-        mask_BT = np.arange(width) < (end_B + len(suffix))[:, None]
-        return ids_BT, mask_BT.astype(np.int64)
-
-
-def flatten(start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(row, position in the row, place in the flat array) of every element of some rows.
-
-        rows that start at 10 and 40       row        0  0  1  1  1
-        and have 2 and 3 elements          position   0  1  0  1  2
-                                           place     10 11 40 41 42
-    """
-    row = np.repeat(np.arange(len(length_B)), length_B)
-    elements_before_B = np.cumsum(length_B) - length_B
-    position = np.arange(len(row)) - elements_before_B[row]
-    return row, position, start_B[row] + position
-
-
 # -------------------------------------------------------------------------------------------- read
 
 
 def read(config: Config, drops: Counter) -> Documents:
     """The corpus, with its documents shared out among the splits. No text is in memory yet."""
     corpus = formats.open_corpus(Path(config.corpus), config.separator)
+    # Is there room for data.npz? It may be larger than a corpus that is compressed.
     corpus_bytes = sum(path.stat().st_size for path in corpus.files)
     need_space(Path(config.run), 3 * corpus_bytes)
 
+    # A label's id is its place in this list.
     labels = label_list(corpus, config.corpus)
     if corpus.labels is None:
         print(f"no list of labels: {len(labels):,} names are found in the documents")
 
+    # Which documents are for training, and which for validation and testing.
     documents = Documents(corpus, labels, config.text_limit, drops)
     documents.share_out(config.val, config.limit, np.random.default_rng(config.seed))
     if "val" not in corpus.documents:
@@ -249,30 +144,32 @@ def make_tokenizer(config: Config, documents: Documents) -> "PreTrainedTokenizer
     return tokenizer
 
 
-def train_tokenizer(
-    texts: Callable[[], Iterable[str]], vocab: int
-) -> "PreTrainedTokenizerBase":
+def train_tokenizer(texts: Callable[[], Iterable[str]], vocab: int) -> "PreTrainedTokenizerBase":
     """A lower-cased WordPiece tokeniser for any script; the same texts give the same tokeniser.
 
-    WordPiece has a vocabulary of pieces of words. At first every character is a piece. Then the two
-    neighbouring pieces that are side by side most often become a new piece, again and again, until
-    there are `vocab` pieces. A piece that does not begin a word is written with ##. To tokenise a
-    word, take the longest piece that it begins with, then the longest piece that the rest begins
-    with, and so on. So a frequent word is one token, and a rare word is several:
+    WordPiece has a vocabulary of pieces of words. In training, every character is a piece at first.
+    Then the two pieces that most often stand side by side in a word are joined to a new piece. This
+    is repeated until there are `vocab` pieces. A piece that does not begin a word is written with
+    ##. To tokenise a word, we take the longest piece that it begins with, then the longest piece
+    that the rest begins with, and so on. So a frequent word is one token, and a rare word is
+    several. The tokeniser of the demo does this:
 
-        "packages for bioinformatics"  ->  packages  for  bio ##info ##rma ##tics
+        "a lightweight tokeniser for cheminformatics"
+        a   lightweight   token ##iser   for   chem ##informatics
 
     The tokeniser has at most `vocab` pieces, or each character twice (at the start of a word, and
     within one) where that is more. Accents and other marks are kept: in most languages they tell
-    words apart. `texts` is called twice, and gives the texts each time.
+    words apart. `texts` is a function that gives the texts, and it is called twice.
     """
     from transformers import PreTrainedTokenizerFast
 
+    # What happens to a text before WordPiece: one spelling, then words.
     normalizer = one_spelling()
     characters = characters_of(texts(), normalizer)
     splitter = into_words(characters)
     pieces = train_pieces(texts(), vocab, characters, normalizer, splitter)
 
+    # A tokeniser with these pieces. It can also put [CLS] and [SEP] around a text, as BERT's does.
     model = models.WordPiece(pieces, unk_token="[UNK]", max_input_chars_per_word=LONGEST_WORD)
     tokenizer = Tokenizer(model)
     tokenizer.normalizer = normalizer
@@ -295,9 +192,9 @@ def one_spelling() -> normalizers.Normalizer:
 
     NFKC is the standard form of Unicode: e + accent becomes é, and a wide letter becomes a letter.
     BERT's normaliser removes control characters and makes each Chinese character a word of its own.
-    \\u200b is a blank of width zero, as between Khmer words.
     """
     return normalizers.Sequence([
+        # Every kind of blank, among them the one of width zero that stands between Khmer words.
         normalizers.Replace(Regex(r"[\s\u200b]"), " "),
         normalizers.NFKC(),
         normalizers.BertNormalizer(strip_accents=False, lowercase=True),
@@ -319,6 +216,8 @@ def into_words(characters: list[str]) -> pre_tokenizers.PreTokenizer:
     one of its characters is new. Little would be left of a line of Thai, which has no blanks. So we
     cut long words, and we set characters apart that are not among `characters`.
     """
+    # A regular expression: up to LONGEST_WORD known characters, or any one character. Each known
+    # character is written by its number, such as \x{61}, since some, such as ], have a meaning.
     known = "".join(f"\\x{{{ord(character):X}}}" for character in characters)
     pattern = f"[{known}]{{1,{LONGEST_WORD}}}|." if known else "."
     return pre_tokenizers.Sequence([
@@ -334,7 +233,7 @@ def train_pieces(
     normalizer: normalizers.Normalizer,
     splitter: pre_tokenizers.PreTokenizer,
 ) -> dict[str, int]:
-    """The pieces of WordPiece, trained on the texts, and their ids."""
+    """{piece: id}, trained on the texts."""
     # The trainer numbers the pieces ##a, ##b, ... in the order of a hash table, which differs from
     # run to run, and breaks ties by these numbers. If we name them beforehand, as if they were
     # special tokens, then the vocabulary is the same each time.
@@ -351,17 +250,17 @@ def train_pieces(
     return trained.get_vocab()
 
 
-def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> tuple[list[int], list[int], int]:
-    """(ids before a text, ids after it, padding id).
+def special_tokens(tokenizer: "PreTrainedTokenizerBase") -> dict[str, list[int] | int]:
+    """The ids before a text (prefix) and after it (suffix), and the id of padding (pad).
 
-    Every family of encoders has its own, so we ask: what stands around "a" in a whole input?
+    Every family of encoders has its own, so we ask: what does the tokeniser put around "a"?
     """
     bare = tokenizer("a", add_special_tokens=False)["input_ids"]
     full = tokenizer("a")["input_ids"]
     for start in range(len(full)):
         end = start + len(bare)
         if full[start:end] == bare and tokenizer.pad_token_id is not None:
-            return full[:start], full[end:], tokenizer.pad_token_id
+            return {"prefix": full[:start], "suffix": full[end:], "pad": tokenizer.pad_token_id}
     raise UserError(
         f"the tokeniser of {tokenizer.name_or_path} is of no known kind; use another --encoder"
     )
@@ -387,12 +286,13 @@ def encode(
     drops: Counter,
 ) -> Split:
     """Tokenise the (text, label ids) of the split `name`; UserError where there are none."""
-    # The smallest type that holds the vocabulary.
+    # Token ids take the smallest type that holds the vocabulary: two bytes, where that is enough.
     dtype = np.uint16 if len(tokenizer) <= 2**16 else np.int32
-    ids = []  # an array for each document
-    labels = []  # likewise
+    ids = []  # an array of token ids for each document
+    labels = []  # an array of label ids for each document
     with_progress = tqdm(documents, desc=name, unit=" documents", disable=None)
     for chunk in chunks(with_progress):
+        # The library tokenises many texts at once, faster than one after the other.
         texts = [text for text, _ in chunk]
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
         for tokens in encoded["input_ids"]:
@@ -400,9 +300,16 @@ def encode(
             ids.append(np.array(tokens[:max_tokens], dtype))
         for _, label_ids in chunk:
             labels.append(np.array(label_ids, np.int32))
+
     if not ids:
         raise UserError(f"no documents are left in the split '{name}'")
-    return Split(np.concatenate(ids), offsets_of(ids), np.concatenate(labels), offsets_of(labels))
+    # From one array for each document to one array for all of them.
+    return Split(
+        ids=np.concatenate(ids),
+        offsets=offsets_of(ids),
+        labels=np.concatenate(labels),
+        label_offsets=offsets_of(labels),
+    )
 
 
 def chunks(documents: Iterable) -> Iterator[list]:
@@ -413,7 +320,7 @@ def chunks(documents: Iterable) -> Iterator[list]:
 
 
 def offsets_of(rows: list) -> np.ndarray:
-    """(number of rows + 1,) int64: where each row begins when they stand one after the other."""
+    """(N+1,) int64: where each of N rows begins when they stand one after the other."""
     return np.cumsum([0] + [len(row) for row in rows], dtype=np.int64)
 
 
@@ -425,15 +332,17 @@ def save(
     documents: Documents,
     splits: dict[str, Split],
     tokenizer: "PreTrainedTokenizerBase",
+    special: dict[str, list[int] | int],
 ) -> None:
     """Write RUN/data.npz: plain arrays alone, so that reading it can execute nothing."""
-    prefix, suffix, pad = special_tokens(tokenizer)
+    # Each split's flat arrays, such as train_ids and train_offsets.
     arrays = {}
     for name, split in splits.items():
         for key, array in split._asdict().items():
             arrays[f"{name}_{key}"] = array
 
-    # Labels that are known beforehand of a document, for example because it is the label itself.
+    # Labels that are known beforehand, and so never predicted: in the demo, the label that the
+    # document itself is, since no package depends on itself.
     for name in SPLITS:
         known = documents.known(name, len(splits[name]))
         arrays[f"{name}_known"] = known.indices
@@ -452,33 +361,8 @@ def save(
         arrays,
         encoder=config.encoder,
         vocab_size=len(tokenizer),
-        prefix=prefix,
-        suffix=suffix,
-        pad=pad,
+        **special,
     )
-
-
-def load(folder: str | Path) -> Data:
-    """RUN/data.npz as stage 1 wrote it; UserError where it is missing, damaged or made up."""
-    path = Path(folder) / "data.npz"
-    arrays, meta = load_npz(path)
-    check_data(path, arrays, meta)
-
-    splits = {}
-    for name in (*SPLITS, "label"):
-        splits[name] = Split(*(arrays[f"{name}_{key}"] for key in Split._fields))
-
-    text = arrays["names"].tobytes()
-    names = [text[start:end].decode() for start, end in pairwise(arrays["names_offsets"])]
-
-    known = {}
-    for name in SPLITS:
-        labels = arrays[f"{name}_known"]
-        if len(labels):
-            is_known = np.ones(len(labels), bool)
-            shape = (len(splits[name]), len(names))
-            known[name] = csr_matrix((is_known, labels, arrays[f"{name}_known_offsets"]), shape)
-    return Data(splits, names, meta, arrays["tokenizer"].tobytes(), known)
 
 
 # ---------------------------------------------------------------------------------------- describe
@@ -497,8 +381,8 @@ def describe(splits: dict[str, Split], n_labels: int, drops: Counter) -> None:
 
 def describe_split(name: str, split: Split) -> None:
     """Print how many documents, labels and tokens there are."""
-    tokens_N = np.diff(split.offsets)
-    labels_N = np.diff(split.label_offsets)
+    tokens_N = np.diff(split.offsets)  # tokens of each document
+    labels_N = np.diff(split.label_offsets)  # labels of each document
     print(
         f"{name:5}  {len(split):8,} documents   {labels_N.mean():5.2f} labels each "
         f"(most {labels_N.max()}, none: {(labels_N == 0).sum()})   "
@@ -549,6 +433,7 @@ def describe_unknown(splits: dict[str, Split], unknown: int | None, encoder: str
     warnings = []
     for name, split in splits.items():
         is_unknown = split.ids == (-1 if unknown is None else unknown)
+        # Unknown tokens of each document: the ones before its end, less the ones before its start.
         before = np.concatenate([[0], np.cumsum(is_unknown)])  # unknown tokens before each token
         unknown_N = before[split.offsets[1:]] - before[split.offsets[:-1]]
         tokens_N = np.diff(split.offsets)
@@ -574,6 +459,143 @@ def describe_unknown(splits: dict[str, Split], unknown: int | None, encoder: str
         )
 
 
+# ------------------------------------------------------------------ what the later stages work with
+
+
+class Batch(NamedTuple):
+    """What a model reads: some documents, padded to the length of the longest, and their labels.
+
+    The labels are P pairs (document of the batch, label id). A matrix (B, L) of zeros and ones
+    would say the same, but with a million labels almost all of it would be zeros.
+
+        document 0 has labels 3 and 7,      doc_P     0 0 1
+        document 1 has label 3              label_P   3 7 3
+    """
+
+    ids_BT: torch.Tensor  # int64, padded at the right
+    mask_BT: torch.Tensor  # int64, 1 at tokens, 0 at padding
+    doc_P: torch.Tensor  # int64, from 0 to B-1
+    label_P: torch.Tensor  # int64, from 0 to L-1
+    pooled_BHD: torch.Tensor | None = None  # float16: the encoder's features, if stage 4 has them
+
+    def to(self, device: torch.device) -> "Batch":
+        return move(self, device)
+
+
+def move(batch: tuple, device: torch.device) -> tuple:
+    """A batch of any kind on a device. A field that is None stays None."""
+    moved = []
+    for tensor in batch:
+        moved.append(None if tensor is None else tensor.to(device, non_blocking=True))
+    return type(batch)(*moved)
+
+
+class Data(NamedTuple):
+    """data.npz in memory."""
+
+    splits: dict[str, Split]  # train, val, test; and label, the labels' own texts
+    names: list[str]  # (L,)
+    meta: dict  # encoder, vocab_size, prefix, suffix, pad and the record of the artifact
+    tokenizer: bytes = b""  # for tokenizers.Tokenizer.from_buffer
+    # Labels known beforehand, by split, each (N, L). They are never predicted.
+    known: Mapping[str, csr_matrix] = {}
+    # The features of an encoder that does not learn, by split, each (N, H, D) float16.
+    encoded: Mapping[str, np.ndarray] = {}
+
+    def batch(self, split: str, rows: np.ndarray, max_len: int) -> Batch:
+        """The documents `rows` (B,) of a split, cut to `max_len` tokens with the special ones."""
+        part = self.splits[split]
+        ids_BT, mask_BT = self._padded(part, rows, max_len)
+
+        # The labels of these documents, one pair for each.
+        n_labels_B = part.label_offsets[rows + 1] - part.label_offsets[rows]
+        doc_P, _, place_P = flatten(part.label_offsets[rows], n_labels_B)
+        label_P = part.labels[place_P].astype(np.int64)
+
+        # Where the encoder does not learn, stage 4 computes its features once and keeps them.
+        pooled_BHD = None
+        if split in self.encoded:
+            pooled_BHD = torch.from_numpy(self.encoded[split][rows])
+        return Batch(
+            torch.from_numpy(ids_BT),
+            torch.from_numpy(mask_BT),
+            torch.from_numpy(doc_P),
+            torch.from_numpy(label_P),
+            pooled_BHD,
+        )
+
+    def _padded(self, part: Split, rows: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+        """(ids_BT, mask_BT). A row holds the prefix, the document's tokens, the suffix and padding.
+
+        The plain form is a loop over the documents, which tests/test_data.py has:
+            row = prefix + tokens[: max_len - len(prefix) - len(suffix)] + suffix
+        Here all documents are copied at once.
+        """
+        prefix = self.meta["prefix"]  # such as the id of [CLS]
+        suffix = self.meta["suffix"]  # such as the id of [SEP]
+        room = max_len - len(prefix) - len(suffix)
+        if room < 1:
+            raise UserError(
+                f"--max-len {max_len} leaves no room beside the special tokens; raise it"
+            )
+
+        # How many tokens we keep of each document, and where its suffix begins.
+        length_B = np.minimum(part.offsets[rows + 1] - part.offsets[rows], room)
+        end_B = len(prefix) + length_B
+
+        # Start with padding alone, then write the prefix, the tokens and the suffix over it.
+        width = end_B.max() + len(suffix)  # T
+        ids_BT = np.full((len(rows), width), self.meta["pad"], np.int64)
+        ids_BT[:, : len(prefix)] = prefix
+        doc, position, place = flatten(part.offsets[rows], length_B)
+        ids_BT[doc, len(prefix) + position] = part.ids[place]
+        for i, token in enumerate(suffix):
+            ids_BT[np.arange(len(rows)), end_B + i] = token
+
+        # The encoder does not look at the padding: the mask is 0 there.
+        mask_BT = np.arange(width) < (end_B + len(suffix))[:, None]
+        return ids_BT, mask_BT.astype(np.int64)
+
+
+def flatten(start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(row, position in the row, place in the flat array) of every element of some rows.
+
+        rows that start at 10 and 40       row        0  0  1  1  1
+        and have 2 and 3 elements          position   0  1  0  1  2
+                                           place     10 11 40 41 42
+    """
+    row = np.repeat(np.arange(len(length_B)), length_B)
+    # Count all elements through, and subtract how many there are in the rows before.
+    elements_before_B = np.cumsum(length_B) - length_B
+    position = np.arange(len(row)) - elements_before_B[row]
+    return row, position, start_B[row] + position
+
+
+def load(folder: str | Path) -> Data:
+    """RUN/data.npz as stage 1 wrote it; UserError where it is missing, damaged or made up."""
+    path = Path(folder) / "data.npz"
+    arrays, meta = load_npz(path)
+    check_data(path, arrays, meta)
+
+    splits = {}
+    for name in (*SPLITS, "label"):
+        splits[name] = Split(*(arrays[f"{name}_{key}"] for key in Split._fields))
+
+    # The names of the labels are stored like documents: bytes one after the other, and offsets.
+    text = arrays["names"].tobytes()
+    names = [text[start:end].decode() for start, end in pairwise(arrays["names_offsets"])]
+
+    # Only the splits with filter pairs are in `known`.
+    known = {}
+    for name in SPLITS:
+        labels = arrays[f"{name}_known"]
+        if len(labels):
+            is_known = np.ones(len(labels), bool)
+            shape = (len(splits[name]), len(names))
+            known[name] = csr_matrix((is_known, labels, arrays[f"{name}_known_offsets"]), shape)
+    return Data(splits, names, meta, arrays["tokenizer"].tobytes(), known)
+
+
 # --------------------------------------------------------------------------------------- the stage
 
 
@@ -582,8 +604,9 @@ def run(config: Config) -> None:
 
     documents = read(config, drops)
     tokenizer = make_tokenizer(config, documents)
+    special = special_tokens(tokenizer)
     splits = tokenise(documents, tokenizer, config.max_tokens, drops)
-    save(config, documents, splits, tokenizer)
+    save(config, documents, splits, tokenizer, special)
     describe(splits, len(documents.labels), drops)
     describe_unknown(splits, tokenizer.unk_token_id, config.encoder)
 

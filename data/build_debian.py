@@ -296,7 +296,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--out", default=str(Path(__file__).parent / "debian"),
                         help="folder to write")
     parser.add_argument("--only-filters", action="store_true",
-                        help="write the filter files alone, from the other files in --out; needs no apt")
+                        help="write the filter files alone, from the files in --out; needs no apt")
     return parser.parse_args()
 
 

@@ -6,8 +6,8 @@ repeat it.
     python data/derive.py debian-short --source data/debian --out FOLDER
 
 sample          documents drawn at random, from any corpus that data/formats.py reads. For each
-                split a fresh random.Random(seed).sample(range(n), k) says which, and in which order.
-                All labels stay, so that their ids do. --val 0: without a validation split. A CSV
+                split a fresh random.Random(seed).sample(range(n), k) says which documents, in
+                which order. All labels stay, so that their ids stay the same. --val 0: without a validation split. A CSV
                 column of labels needs --separator.
 eurlex-titles   EURLEX57K as its authors publish it, but of each document the title alone, in
                 ascending order of the CELEX ids within a split. The labels are in the order that
@@ -103,6 +103,7 @@ def rows_at(
     lines: list[int], corpus: formats.Corpus, split: str, labels: list[tuple[str, str]]
 ) -> list[dict]:
     """The documents in some lines of a split, in the order of `lines`."""
+    # The corpus is read once from top to bottom, and each document goes to its place.
     place = {line: i for i, line in enumerate(lines)}
     rows: list[dict] = [{}] * len(lines)
     for line, document in enumerate(corpus.documents[split]()):
@@ -207,10 +208,12 @@ def first_sentence(text: str, label_texts: dict[str, str]) -> str:
 
     `label_texts` has "name: short description" of the documents that are labels.
     """
+    # Is the document a label? Then the label's text says where the first sentence ends.
     name, _, _ = text.partition(": ")
     own = " ".join(label_texts.get(name, "").split())
     if own and text.startswith(own + "."):
         return own + "."
+    # If not, it ends at the first full stop with a blank behind it.
     short, end, _ = text.partition(". ")
     if end:
         return short + "."
@@ -238,7 +241,8 @@ def check_out(out: Path) -> None:
 
 def files_of(derived: Derived) -> Iterator[tuple[str, list[str]]]:
     """Yield (name of a file, its lines) of the corpus."""
-    yield from json_lines_files(derived) if derived.by_name else lf_files(derived)
+    layout = json_lines_files if derived.by_name else lf_files
+    yield from layout(derived)
     for split, pairs in derived.known.items():
         yield f"filter_labels_{split}.txt.gz", [f"{line} {label}" for line, label in pairs]
 

@@ -46,6 +46,8 @@ SPLITS = {  # the words for a split in the names of files
 
 
 class Document(NamedTuple):
+    """A document as the corpus has it."""
+
     where: str  # file and line
     text: str
     labels: list  # names, or ids from 0
@@ -209,6 +211,7 @@ def natural_order(name: str) -> tuple:
 
 
 def json_lines(folder: Path, separator: str) -> Corpus | None:
+    """A document and a label are a JSON object each."""
     paths = by_split(folder, "{}.jsonl")
     labels_path = one_of(folder, "labels.jsonl")
     if not paths and not labels_path:
@@ -219,6 +222,7 @@ def json_lines(folder: Path, separator: str) -> Corpus | None:
             text, labels = read_json(where, line, "text", "labels")
             yield document(where, text, labels, str)
 
+    # Without a list of the labels, stage 1 collects the names that the documents have.
     labels = None
     files = list(paths.values())
     if labels_path:
@@ -242,11 +246,12 @@ def json_lines(folder: Path, separator: str) -> Corpus | None:
 
 
 def comma_separated(folder: Path, separator: str) -> Corpus | None:
+    """Documents and labels are rows of a CSV file; `separator` stands between the labels."""
     paths = by_split(folder, "{}.csv")
     labels_path = one_of(folder, "labels.csv")
     if not paths:
         return None
-    csv.field_size_limit(LONGEST)
+    csv.field_size_limit(LONGEST)  # the default, 128 KiB, is less than a long document
 
     def read(path: Path) -> Iterator[Document]:
         for where, (text, cell) in csv_rows(path, "text", "labels"):
@@ -270,6 +275,7 @@ def comma_separated(folder: Path, separator: str) -> Corpus | None:
 
 def csv_rows(path: Path, *columns: str) -> Iterator[tuple[str, list[str]]]:
     """Yield (file and line number, values of the columns); the first line names the columns."""
+    # A cell may hold line ends, which lines() takes off, so we put them back.
     reader = csv.reader(line + "\n" for _, line in lines(path))
     try:
         header = next(reader, [])
@@ -290,6 +296,7 @@ def csv_rows(path: Path, *columns: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def text_pairs(folder: Path, separator: str) -> Corpus | None:
+    """The texts are in one file, a document a line, and their labels in another."""
     text_paths = by_split(folder, "{}_texts.txt", "{}_raw_texts.txt", "X.{}.txt")
     if not text_paths:
         return None
@@ -416,6 +423,7 @@ def matrix_rows(path: Path, Y: csr_matrix) -> Iterator[tuple[str, list[int]]]:
 
 
 def lf(folder: Path, separator: str) -> Corpus | None:
+    """Documents have the ids of their labels, under target_ind; labels have a title alone."""
     paths = by_split(folder, "{}.json")
     labels_path = one_of(folder, "lbl.json")
     if not labels_path:
@@ -444,6 +452,7 @@ def lf(folder: Path, separator: str) -> Corpus | None:
 
 
 def eurlex(folder: Path, separator: str) -> Corpus | None:
+    """A document is a file."""
     files = eurlex_files(folder)
     if not files:
         return None
@@ -452,6 +461,7 @@ def eurlex(folder: Path, separator: str) -> Corpus | None:
         for path in files[split]:
             yield eurlex_document(path)
 
+    # Its labels are the concepts that its documents have; their names stand in a file of their own.
     labels = None
     names_path = one_of(folder, "EURLEX57K.json") or one_of(folder.parent, "EURLEX57K.json")
     if names_path:
