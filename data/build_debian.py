@@ -163,6 +163,7 @@ def build(
     kept = labels_to_keep(by_name, say)
     rows = documents_of(by_name, kept, say)
 
+    # Virtual packages, such as mail-transport-agent, are provided by others and have no text.
     virtual = sum(label not in by_name for label in kept)
     say(f"{virtual} labels are virtual packages or not in the index: their text is their name")
     rows["labels"] = []
@@ -194,9 +195,12 @@ def labels_to_keep(by_name: dict[str, Package], say) -> set[str]:
         for label in package.labels:
             users[label].add(package.source)
 
+    # A label on very many documents says little about any of them.
     most = TOO_FREQUENT * len(by_name)
     frequent = {label for label, count in frequency.items() if count > most}
+    # All documents of a label with one source package alone would be in the same split.
     rare = {label for label in frequency if len(users[label]) < MIN_SOURCES}
+    # Nothing can be learned about a label that no training document has.
     left = set(frequency) - frequent - rare
     unseen = set()
     for label in left:

@@ -35,7 +35,12 @@ class Part(NamedTuple):
 
 
 class Documents:
-    """The documents of a corpus, shared out among the splits."""
+    """The documents of a corpus, shared out among the splits.
+
+    `labels` has (name, text) by label id. `text_limit` is how many characters of a document are
+    read (0: all). `drops` counts what is left out, cut or changed, and is filled by `share_out` and
+    `read`.
+    """
 
     def __init__(
         self,
@@ -45,9 +50,9 @@ class Documents:
         drops: Counter,
     ) -> None:
         self.corpus = corpus
-        self.labels = labels  # (name, text) by label id
+        self.labels = labels
         self.label_id = label_ids(corpus, [name for name, _ in labels])
-        self.text_limit = text_limit  # characters of a document that are read, 0: all
+        self.text_limit = text_limit
         self.drops = drops
         self.parts: dict[str, Part] = {}  # by split
 
@@ -57,16 +62,21 @@ class Documents:
         Without a validation split, `val_share` of the training documents, drawn with `rng`, become
         it. With a `limit` above 0, at most so many of the others, drawn too, are left for training.
         """
+        # A split that has a file of its own has all documents of that file.
         for split in ("val", "test"):
             if split in self.corpus.documents:
                 self.parts[split] = Part(split, None)
 
+        # The training documents may have to give some to validation. Chance decides which,
+        # since the order in a file may mean something: the year, say.
         training = self._usable_training_lines()
         if "val" not in self.parts:
             shuffled = rng.permutation(training)
             n_val = max(1, int(len(training) * val_share))
             self.parts["val"] = Part("train", np.sort(shuffled[:n_val]))
             training = np.sort(shuffled[n_val:])
+
+        # The others are for training, or as many of them as the limit allows.
         if 0 < limit < len(training):
             self.drops["training documents beyond --limit, left out"] = len(training) - limit
             training = np.sort(rng.permutation(training)[:limit])
@@ -102,6 +112,7 @@ class Documents:
         return formats.read_known(self.corpus.known.get(source), len(self.labels), lines_N)
 
     def _read(self, split: str, drops: Counter) -> Iterator[tuple[str, list[int]]]:
+        """Yield (text, label ids) of a split's documents; `drops` counts what is left out."""
         source, lines_N = self.parts[split]
         chosen = None if lines_N is None else set(lines_N.tolist())
         documents = read_documents(self.corpus, source, self.label_id, self.text_limit, drops)
@@ -148,6 +159,7 @@ def read_documents(
     counts what is left out or changed. UserError where a label is not in `label_id`.
     """
     for line, document in enumerate(corpus.documents[split]()):
+        # From the labels of the corpus, names or ids, to label ids.
         try:
             ids = sorted({label_id[label] for label in document.labels})
         except KeyError as error:
@@ -155,9 +167,11 @@ def read_documents(
                 f"{document.where}: label {error} is not among the {len(label_id)} labels; "
                 "add it to them"
             ) from None
-        text = formats.encodable(document.text)
         n_repeated = len(document.labels) - len(ids)
         drops["labels named twice in one document, taken once"] += n_repeated
+
+        # A tokeniser reads UTF-8, which cannot say half a character.
+        text = formats.encodable(document.text)
         changed = text != document.text
         drops["texts with half a character, replaced by a question mark"] += changed
 

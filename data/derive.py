@@ -7,8 +7,8 @@ repeat it.
 
 sample          documents drawn at random, from any corpus that data/formats.py reads. For each
                 split a fresh random.Random(seed).sample(range(n), k) says which documents, in
-                which order. All labels stay, so that their ids stay the same. --val 0: without a validation split. A CSV
-                column of labels needs --separator.
+                which order. All labels stay, so that their ids stay the same. --val 0: without a
+                validation split. A CSV column of labels needs --separator.
 eurlex-titles   EURLEX57K as its authors publish it, but of each document the title alone, in
                 ascending order of the CELEX ids within a split. The labels are in the order that
                 data/formats.py gives them.

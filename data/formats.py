@@ -61,7 +61,7 @@ class Corpus(NamedTuple):
     labels: list[tuple[str, str]] | None  # (name, text) by id; None: the documents alone have them
     by_name: bool  # whether the documents have the labels' names, or their ids
     known: dict[str, Path]  # files with known pairs, by split
-    files: list[Path]
+    files: list[Path]  # the files with documents and labels
 
 
 def open_corpus(folder: Path, separator: str = ";") -> Corpus:
@@ -139,7 +139,10 @@ def readers(read: Callable, sources: dict) -> dict[str, Callable[[], Iterator[Do
 
 
 def lines(path: Path) -> Iterator[tuple[str, str]]:
-    """Yield (file and line number, line) of a text file in UTF-8, gzipped or not."""
+    """Yield (file and line number, line) of a text file in UTF-8, gzipped or not.
+
+    A line comes without its end. UserError where the file cannot be read.
+    """
     open_file = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
@@ -452,7 +455,7 @@ def lf(folder: Path, separator: str) -> Corpus | None:
 
 
 def eurlex(folder: Path, separator: str) -> Corpus | None:
-    """A document is a file."""
+    """A document is a file of its own, in the folder of its split."""
     files = eurlex_files(folder)
     if not files:
         return None
@@ -492,6 +495,7 @@ def eurlex_files(folder: Path) -> dict[str, list[Path]]:
 
 
 def eurlex_document(path: Path) -> Document:
+    """The parts of a document, in their order, are its text."""
     header, recitals, body, attachments, concepts = read_json(
         str(path),
         path.read_text("utf-8-sig"),
