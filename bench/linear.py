@@ -40,6 +40,7 @@ import re
 import tempfile
 import time
 from array import array
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,7 @@ from common import machine, stages
 from scipy.sparse import csr_matrix, diags_array, hstack
 
 from data import formats
+from data.corpus import read_documents
 from plumbing.cli import flag, main, natural, positive, settings
 from plumbing.errors import UserError
 from plumbing.known_labels import most_known, without_known
@@ -174,8 +176,8 @@ def read_texts(data: stages.data.Data, folder: str) -> dict[str, list[str]]:
     label_id = {name if corpus.by_name else i: i for i, name in enumerate(data.names)}
 
     def documents(split: str) -> list[tuple[str, list[int]]]:
-        drops = stages.data.Counter()
-        source = stages.data.read_documents(corpus, split, label_id, settings["text_limit"], drops)
+        drops = Counter()
+        source = read_documents(corpus, split, label_id, settings["text_limit"], drops)
         return [(text, labels) for _, text, labels in source]
 
     rows = {split: documents(split) for split in SPLITS if split in corpus.documents}

@@ -1,21 +1,31 @@
-"""Build data/debian, the corpus that ships: Debian packages (text) and the packages that they depend on (labels).
+"""Build data/debian, the corpus that ships.
 
-    python data/build_debian.py                         with the apt sources of this machine
-    python data/build_debian.py --sources FILE          with another apt source file that names a bookworm mirror
-    python data/build_debian.py --only-filters          the filter files alone, from the documents that are there
+The texts are the descriptions of Debian packages. The labels are the packages that they depend on.
 
-Reads    the package index of Debian bookworm (main, amd64, English descriptions), fetched and verified by apt-get into
-         a private folder: the machine's own package lists are not touched, nothing is installed.
-Writes   data/debian/{train,val,test}.jsonl.gz   {"text": "name: short. long", "labels": ["name of a dependency", ...]}
-         data/debian/labels.jsonl.gz             {"name": "...", "text": "name: short description"}
-         data/debian/filter_labels_{train,val,test}.txt.gz   "line id": the label that the document itself is
+    python data/build_debian.py                      with the apt sources of this machine
+    python data/build_debian.py --sources FILE       with another apt source file that names a
+                                                     bookworm mirror
+    python data/build_debian.py --only-filters       the filter files alone, from the documents
+                                                     that are there
 
-One document in five is a label, too: other packages depend on it. Its text begins with that label's name and text, and
-it is never right, since no package depends on itself. So it is said to be known beforehand, and is no prediction. The
-filter files that ship were made with --only-filters, when the other files had been there for a while.
+Reads    the package index of Debian bookworm (main, amd64, English descriptions). apt-get fetches
+         it into a private folder and verifies it: the machine's own package lists are not touched,
+         nothing is installed.
+Writes   data/debian/{train,val,test}.jsonl.gz
+                                     {"text": "name: short. long", "labels": ["dependency", ...]}
+         data/debian/labels.jsonl.gz
+                                     {"name": "...", "text": "name: short description"}
+         data/debian/filter_labels_{train,val,test}.txt.gz
+                                     "line id": the label that the document itself is
 
-The same index gives the same content byte for byte, before compression. Split by a hash of the source package, so that
-the binary packages of one source, whose descriptions are nearly the same, never sit on both sides.
+One document in five is a label, too: other packages depend on it. Its text begins with the name and
+the text of that label, and the label is never right, since no package depends on itself. So the
+filter files say that it is known beforehand, and it is not predicted. The filter files that ship
+were made with --only-filters, when the other files had been there for a while.
+
+The same index gives the same content byte for byte, before compression. A hash of the source
+package decides the split. So the binary packages of one source, whose descriptions are nearly the
+same, are all in the same split.
 """
 
 import argparse
@@ -28,38 +38,68 @@ import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Iterator
 from pathlib import Path
+from typing import NamedTuple
 
-TOO_FREQUENT = 0.05  # labels on more than this share of the documents (libc6 and its like) teach nothing
+SPLITS = ("train", "val", "test")
+TOO_FREQUENT = 0.05  # share of documents; labels on more of them (libc6, say) teach nothing
 MIN_SOURCES = 2  # a label used by one source package alone would sit in one split alone
 MAX_CHARS = 1500  # keeps the corpus at 6 MB; cuts about one document in a hundred, after a word
 
 
 def fetch_index(folder: Path, sources: str) -> tuple[Path, Path]:
-    """Have apt-get fetch the bookworm index into `folder`; the paths of (Packages, Translation-en)."""
+    """The paths of (Packages, Translation-en) of bookworm, which apt-get fetches into `folder`."""
+    apt = apt_command(folder, sources)
+    # A source that has nothing to do with bookworm may fail. What counts is whether the two files
+    # below are there.
+    subprocess.run([*apt, "update"], check=False)
+    return index_file(apt, "Packages"), index_file(apt, "Translations")
+
+
+def apt_command(folder: Path, sources: str) -> list[str]:
+    """apt-get with options that keep it inside `folder`, and with the apt source file, if any."""
     lists = folder / "lists"
     (lists / "partial").mkdir(parents=True)
-    options = {"Dir::State::Lists": lists, "Dir::Cache": folder, "APT::Architecture": "amd64",
-               "APT::Architectures": "amd64", "Acquire::Languages": "en", "Acquire::GzipIndexes": "false",
-               "APT::Sandbox::User": "root"}
+    options = {
+        "Dir::State::Lists": lists,
+        "Dir::Cache": folder,
+        "APT::Architecture": "amd64",
+        "APT::Architectures": "amd64",
+        "Acquire::Languages": "en",
+        "Acquire::GzipIndexes": "false",
+        "APT::Sandbox::User": "root",
+    }
     if sources:
-        options |= {"Dir::Etc::sourcelist": Path(sources).resolve(), "Dir::Etc::sourceparts": "-"}
-    apt = ["apt-get"] + [part for key, value in options.items() for part in ("-o", f"{key}={value}")]
-    # A source that has nothing to do with bookworm may fail; what counts is whether the two files below are there.
-    subprocess.run([*apt, "update"], check=False)
-    found = []
-    for created_by in ("Packages", "Translations"):
-        filters = ["Codename: bookworm", "Component: main", "Origin: Debian", f"Created-By: {created_by}"]
-        listed = subprocess.run([*apt, "indextargets", "--format", "$(FILENAME)", *filters],
-                                check=True, capture_output=True, text=True)
-        paths = [Path(line) for line in listed.stdout.split("\n") if line and Path(line).exists()]
-        if len(paths) != 1:
-            raise SystemExit(f"apt gave {len(paths)} {created_by} files of bookworm/main, expected 1; see --sources")
-        found.append(paths[0])
-    return found[0], found[1]
+        options["Dir::Etc::sourcelist"] = Path(sources).resolve()
+        options["Dir::Etc::sourceparts"] = "-"
+    command = ["apt-get"]
+    for key, value in options.items():
+        command += ["-o", f"{key}={value}"]
+    return command
+
+
+def index_file(apt: list[str], created_by: str) -> Path:
+    """The one file of bookworm/main that apt-get has fetched of a kind."""
+    filters = [
+        "Codename: bookworm",
+        "Component: main",
+        "Origin: Debian",
+        f"Created-By: {created_by}",
+    ]
+    command = [*apt, "indextargets", "--format", "$(FILENAME)", *filters]
+    listed = subprocess.run(command, check=True, capture_output=True, text=True)
+    paths = [Path(line) for line in listed.stdout.split("\n") if line and Path(line).exists()]
+    if len(paths) != 1:
+        raise SystemExit(
+            f"apt gave {len(paths)} {created_by} files of bookworm/main, expected 1; see --sources"
+        )
+    return paths[0]
 
 
 def stanzas(path: Path) -> Iterator[dict[str, str]]:
-    """The paragraphs of a Debian control file as {field: value}; continuation lines keep their newline."""
+    """Yield the paragraphs of a Debian control file as {field: value}.
+
+    Continuation lines keep their newline.
+    """
     fields: dict[str, str] = {}
     key = ""
     with open(path, encoding="utf-8") as file:
@@ -79,10 +119,17 @@ def stanzas(path: Path) -> Iterator[dict[str, str]]:
 
 
 def dependencies(package: dict[str, str]) -> list[str]:
-    """Names in Depends and Pre-Depends: the first of each alternative, without versions and architectures, sorted."""
+    """The names in Depends and Pre-Depends, sorted, without versions and architectures.
+
+    Of several alternatives, "a | b", the first counts.
+    """
     both = package.get("Depends", "") + "," + package.get("Pre-Depends", "")
-    firsts = (alternatives.split("|")[0].strip() for alternatives in both.split(","))
-    return sorted({re.split(r"[\s(:\[]", first)[0] for first in firsts if first} - {package["Package"]})
+    names = set()
+    for alternatives in both.split(","):
+        first = alternatives.split("|")[0].strip()
+        if first:
+            names.add(re.split(r"[\s(:\[]", first)[0])
+    return sorted(names - {package["Package"]})
 
 
 def side(source: str) -> str:
@@ -91,54 +138,115 @@ def side(source: str) -> str:
     return {8: "val", 9: "test"}.get(tenth, "train")
 
 
-def build(packages: list[dict[str, str]], descriptions: dict[str, str], say=print) -> dict[str, list[dict]]:
-    """{"train" | "val" | "test" | "labels": rows}; `descriptions` by Description-md5. Every drop is said."""
-    by_name = {package["Package"]: package for package in packages}  # of several versions the index' last
-    source = {name: p.get("Source", name).split(" ")[0] for name, p in by_name.items()}
-    parts = {name: descriptions.get(p.get("Description-md5", ""), p.get("Description", "")).partition("\n")
-             for name, p in by_name.items()}
-    short = {name: part[0].strip() for name, part in parts.items()}
-    labels_of = {name: dependencies(p) for name, p in by_name.items()}
-    say(f"{len(packages)} packages; {len(packages) - len(by_name)} second versions dropped")
+class Package(NamedTuple):
+    """What we need of a binary package."""
 
-    frequency = Counter(label for labels in labels_of.values() for label in labels)
-    users, training = defaultdict(set), set()
-    for name, labels in labels_of.items():
-        for label in labels:
-            users[label].add(source[name])
-            if side(source[name]) == "train":
-                training.add(label)
-    frequent = {label for label, n in frequency.items() if n > TOO_FREQUENT * len(by_name)}
-    rare = {label for label in frequency if len(users[label]) < MIN_SOURCES}
-    unseen = set(frequency) - training - frequent - rare
-    kept = set(frequency) - frequent - rare - unseen
-    say(f"{len(frequency)} labels; dropped: {len(frequent)} on more than {TOO_FREQUENT:.0%} of the documents "
-        f"({', '.join(sorted(frequent))}), {len(rare)} used by fewer than {MIN_SOURCES} source packages, "
-        f"{len(unseen)} without a training document")
+    source: str  # the source package that it is built from
+    short: str  # description of one line
+    long: str  # description of several lines
+    labels: list[str]  # what it depends on
 
-    rows: dict[str, list[dict]] = {"train": [], "val": [], "test": []}
-    without = cut = 0
-    # Sorted by source: siblings stand together, which halves what gzip makes of them. Training shuffles.
-    for name in sorted(by_name, key=lambda name: (source[name], name)):
-        labels = [label for label in labels_of[name] if label in kept]
-        text = " ".join(f"{name}: {short[name]}. {parts[name][2].replace(chr(10) + ' .', ' ')}".split())
-        if not labels:
-            without += 1
-            continue
-        if len(text) > MAX_CHARS:
-            text, cut = text[:MAX_CHARS].rsplit(" ", 1)[0], cut + 1
-        rows[side(source[name])].append({"text": text, "labels": labels})
-    say(f"{without} documents with no label left dropped; {cut} texts cut to {MAX_CHARS} characters")
+
+def build(
+    packages: list[dict[str, str]], descriptions: dict[str, str], say=print
+) -> dict[str, list[dict]]:
+    """{"train" | "val" | "test" | "labels": rows}; `descriptions` by Description-md5.
+
+    Every drop is said.
+    """
+    by_name = {}
+    for fields in packages:  # where a package has several versions, the last in the index stays
+        by_name[fields["Package"]] = package_of(fields, descriptions)
+    n_dropped = len(packages) - len(by_name)
+    say(f"{len(packages)} packages; {n_dropped} second versions dropped")
+
+    kept = labels_to_keep(by_name, say)
+    rows = documents_of(by_name, kept, say)
+
+    # Virtual packages, such as mail-transport-agent, are provided by others and have no text.
     virtual = sum(label not in by_name for label in kept)
     say(f"{virtual} labels are virtual packages or not in the index: their text is their name")
-    rows["labels"] = [{"name": label, "text": f"{label}: {short[label]}" if short.get(label) else label}
-                      for label in sorted(kept)]
+    rows["labels"] = []
+    for label in sorted(kept):
+        text = label
+        if label in by_name and by_name[label].short:
+            text = f"{label}: {by_name[label].short}"
+        rows["labels"].append({"name": label, "text": text})
     say("; ".join(f"{len(part)} {name}" for name, part in rows.items()))
     return rows
 
 
+def package_of(fields: dict[str, str], descriptions: dict[str, str]) -> Package:
+    """A package from its paragraph in the index."""
+    name = fields["Package"]
+    source = fields.get("Source", name).split(" ")[0]  # without a version
+    md5 = fields.get("Description-md5", "")
+    description = descriptions.get(md5, fields.get("Description", ""))
+    short, _, long = description.partition("\n")
+    return Package(source, short.strip(), long, dependencies(fields))
+
+
+def labels_to_keep(by_name: dict[str, Package], say) -> set[str]:
+    """The labels, without those that are too frequent, too rare, or never seen in training."""
+    frequency = Counter()
+    users = defaultdict(set)  # the source packages that depend on a label
+    for package in by_name.values():
+        frequency.update(package.labels)
+        for label in package.labels:
+            users[label].add(package.source)
+
+    # A label on very many documents says little about any of them.
+    most = TOO_FREQUENT * len(by_name)
+    frequent = {label for label, count in frequency.items() if count > most}
+    # All documents of a label with one source package alone would be in the same split.
+    rare = {label for label in frequency if len(users[label]) < MIN_SOURCES}
+    # Nothing can be learned about a label that no training document has.
+    left = set(frequency) - frequent - rare
+    unseen = set()
+    for label in left:
+        if not any(side(source) == "train" for source in users[label]):
+            unseen.add(label)
+    say(
+        f"{len(frequency)} labels; dropped: {len(frequent)} on more than {TOO_FREQUENT:.0%} of the "
+        f"documents ({', '.join(sorted(frequent))}), {len(rare)} used by fewer than {MIN_SOURCES} "
+        f"source packages, {len(unseen)} without a training document"
+    )
+    return left - unseen
+
+
+def documents_of(by_name: dict[str, Package], kept: set[str], say) -> dict[str, list[dict]]:
+    """The documents that have a label, by split."""
+    rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
+    n_without = 0
+    n_cut = 0
+
+    def by_source(name: str) -> tuple[str, str]:
+        return by_name[name].source, name
+
+    # Packages of the same source stand together, which halves the size after gzip. Training
+    # shuffles the documents anyway.
+    for name in sorted(by_name, key=by_source):
+        package = by_name[name]
+        labels = [label for label in package.labels if label in kept]
+        if not labels:
+            n_without += 1
+            continue
+        # A line with a full stop alone separates paragraphs.
+        long = package.long.replace("\n .", " ")
+        text = " ".join(f"{name}: {package.short}. {long}".split())
+        if len(text) > MAX_CHARS:
+            text = text[:MAX_CHARS].rsplit(" ", 1)[0]
+            n_cut += 1
+        rows[side(package.source)].append({"text": text, "labels": labels})
+    say(
+        f"{n_without} documents with no label left dropped; "
+        f"{n_cut} texts cut to {MAX_CHARS} characters"
+    )
+    return rows
+
+
 def own_label_pairs(documents: list[dict], labels: list[dict]) -> list[tuple[int, int]]:
-    """(line of a document, id of the label that it is itself), both from 0, for the documents that are a label."""
+    """(line, label id), both from 0, of the documents that are a label themselves."""
     label_id = {label["name"]: i for i, label in enumerate(labels)}
     pairs = []
     for line, document in enumerate(documents):
@@ -155,40 +263,59 @@ def write(path: Path, lines: list[str]) -> None:
 
 
 def write_filters(out: Path, rows: dict[str, list[dict]]) -> None:
-    for split in ("train", "val", "test"):
+    """Write the filter files: the label that a document itself is."""
+    for split in SPLITS:
         pairs = own_label_pairs(rows[split], rows["labels"])
-        write(out / f"filter_labels_{split}.txt.gz", [f"{line} {label}" for line, label in pairs])
+        lines = [f"{line} {label}" for line, label in pairs]
+        write(out / f"filter_labels_{split}.txt.gz", lines)
         print(f"{len(pairs)} of {len(rows[split])} {split} documents are a label themselves")
 
 
 def read(out: Path) -> dict[str, list[dict]]:
     """What build() gave, from the files that were written then."""
     rows = {}
-    for name in ("train", "val", "test", "labels"):
+    for name in (*SPLITS, "labels"):
         with gzip.open(out / f"{name}.jsonl.gz", "rt", encoding="utf-8") as file:
             rows[name] = [json.loads(line) for line in file]
     return rows
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sources", default="", help="apt source file to use instead of this machine's")
-    parser.add_argument("--out", default=str(Path(__file__).parent / "debian"), help="folder to write")
+def read_index(sources: str) -> tuple[list[dict[str, str]], dict[str, str]]:
+    """(packages, descriptions by Description-md5), fetched into a folder that goes again."""
+    with tempfile.TemporaryDirectory() as folder:
+        index, translations = fetch_index(Path(folder), sources)
+        packages = list(stanzas(index))
+        descriptions = {}
+        for fields in stanzas(translations):
+            descriptions[fields["Description-md5"]] = fields["Description-en"]
+    return packages, descriptions
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--sources", default="",
+                        help="apt source file to use instead of this machine's")
+    parser.add_argument("--out", default=str(Path(__file__).parent / "debian"),
+                        help="folder to write")
     parser.add_argument("--only-filters", action="store_true",
-                        help="write the filter files alone, from the other files in --out; needs no apt")
-    args = parser.parse_args()
+                        help="write the filter files alone, from the files in --out; needs no apt")
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = parse()
     out = Path(args.out)
     if args.only_filters:
         write_filters(out, read(out))
         return
-    with tempfile.TemporaryDirectory() as folder:
-        index, translations = fetch_index(Path(folder), args.sources)
-        packages = list(stanzas(index))
-        descriptions = {t["Description-md5"]: t["Description-en"] for t in stanzas(translations)}
+    packages, descriptions = read_index(args.sources)
     out.mkdir(parents=True, exist_ok=True)
     rows = build(packages, descriptions)
     for name, part in rows.items():
-        write(out / f"{name}.jsonl.gz", [json.dumps(row, ensure_ascii=False) for row in part])
+        lines = [json.dumps(row, ensure_ascii=False) for row in part]
+        write(out / f"{name}.jsonl.gz", lines)
     write_filters(out, rows)
     size = sum(path.stat().st_size for path in out.glob("*.gz"))
     print(f"{out}: {size / 1e6:.2f} MB")

@@ -1,29 +1,35 @@
-"""Make a corpus from a corpus: the same input gives the same files byte for byte, so that others can repeat it.
+"""Make a corpus from a corpus. The same input gives the same files byte for byte, so others can
+repeat it.
 
-    python data/derive.py sample --source FOLDER --out FOLDER --train 5000 --val 1000 --test 1000 --seed 0
+    python data/derive.py sample --source FOLDER --out FOLDER --train 5000 --val 1000 --test 1000
     python data/derive.py eurlex-titles --source eurlex57k --out FOLDER
     python data/derive.py debian-short --source data/debian --out FOLDER
 
-sample          documents drawn at random, from any corpus that data/formats.py reads. For each split a fresh
-                random.Random(seed).sample(range(n), k) says which, and in which order. All labels stay, so that
-                their ids do. --val 0: without a validation split. A CSV column of labels needs --separator.
-eurlex-titles   EURLEX57K as its authors publish it, but of each document the title alone, in ascending order of
-                the CELEX ids within a split. The labels are in the order that data/formats.py gives them.
-debian-short    the corpus that ships, but of each document the first sentence alone: its name and its short
-                description. The rest is as it was.
+sample          documents drawn at random, from any corpus that data/formats.py reads. For each
+                split a fresh random.Random(seed).sample(range(n), k) says which documents, in
+                which order. All labels stay, so that their ids stay the same. --val 0: without a
+                validation split. A CSV column of labels needs --separator.
+eurlex-titles   EURLEX57K as its authors publish it, but of each document the title alone, in
+                ascending order of the CELEX ids within a split. The labels are in the order that
+                data/formats.py gives them.
+debian-short    the corpus that ships, but of each document the first sentence alone: its name and
+                its short description. The rest is as it was.
 
-Writes   OUT/{train,val,test}.jsonl.gz           {"text": "...", "labels": ["name", ...]}, perhaps with "celex_id"
-         OUT/labels.jsonl.gz                     {"name": "...", "text": "..."}
-         OUT/filter_labels_{split}.txt.gz        where the source has filter files: their pairs, with the new lines
-         Where names of labels repeat, so that only ids tell them apart: trn.json.gz, val.json.gz, tst.json.gz and
-         lbl.json.gz, as in the LF data sets.
+Writes   OUT/{train,val,test}.jsonl.gz       {"text": "...", "labels": ["name", ...]},
+                                             perhaps with "celex_id"
+         OUT/labels.jsonl.gz                 {"name": "...", "text": "..."}
+         OUT/filter_labels_{split}.txt.gz    where the source has filter files: their pairs, with
+                                             the new lines
+         Where names of labels repeat, so that only ids tell them apart: trn.json.gz, val.json.gz,
+         tst.json.gz and lbl.json.gz, as in the LF data sets.
 
 OUT must not be there yet, or be empty. Nothing else is written.
 
-The first sentence of a Debian package: data/build_debian.py joins "name: short description. long description". For a
-document that is a label, labels.jsonl.gz has the short description. For the others we cut at the first full stop with
-a blank behind it. That is sometimes too early, as in "Operating system (e.g. diagnostics) library": of the 9,613
-documents whose short description we know, it would be so for 14. So expect some 55 of the other 37,506.
+The first sentence of a Debian package: data/build_debian.py joins "name: short description. long
+description". For a document that is a label, labels.jsonl.gz has the short description. We cut the
+other documents at the first full stop with a blank behind it. That is sometimes too early, as in
+"Operating system (e.g. diagnostics) library": of the 9,613 documents whose short description we
+know, it would be so for 14. So expect some 55 of the other 37,506.
 """
 
 import argparse
@@ -36,10 +42,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # run as a script, Python looks in data/ alone
+# Run as a script, Python looks for modules in data/ alone.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from data import formats  # noqa: E402
 from data.build_debian import write  # noqa: E402
+from data.corpus import label_list  # noqa: E402
 from plumbing.cli import natural, positive  # noqa: E402
 from plumbing.errors import UserError  # noqa: E402
 
@@ -50,50 +58,33 @@ LF_NAMES = {"train": "trn", "val": "val", "test": "tst"}
 class Derived(NamedTuple):
     """A corpus, ready to be written."""
 
-    documents: dict[str, list[dict]]  # by split: "text", "labels" (names or ids), and what else is to be kept
+    documents: dict[str, list[dict]]  # by split: "text", "labels" (names or ids), and what else
     labels: list[tuple[str, str]]  # (name, text) by id
     by_name: bool  # whether documents have the names of their labels, or their ids
-    known: dict[str, list[tuple[int, int]]]  # by split: (line of a document, id of a label), where there are any
+    known: dict[str, list[tuple[int, int]]]  # by split: (line of a document, id of a label)
 
 
-def label_list(corpus: formats.Corpus) -> list[tuple[str, str]]:
-    """The labels by id. Without a list of them, as stage 1 does it: the names that the documents have, in order."""
-    if corpus.labels is not None:
-        return corpus.labels
-    names = set()
-    for read in corpus.documents.values():
-        for document in read():
-            names.update(document.labels)
-    return [(name, "") for name in sorted(names, key=formats.natural_order)]
-
-
-def known_pairs(corpus: formats.Corpus, split: str, n_labels: int, lines: list[int]) -> list[tuple[int, int]]:
-    """The filter pairs of some lines of a split, numbered by their places in `lines`."""
-    known = formats.read_known(corpus.known.get(split), n_labels, np.array(lines, np.int64))
-    rows, labels = known.nonzero()
-    return list(zip(rows.tolist(), labels.tolist(), strict=True))
+# ------------------------------------------------------------------------------------------- sample
 
 
 def sample(source: Path, sizes: dict[str, int], seed: int, separator: str = ";") -> Derived:
-    """sizes[split] documents of each split, drawn at random, in the order in which they were drawn."""
+    """sizes[split] documents of each split, drawn at random, in the order in which they were drawn.
+
+    UserError where a split is missing or has fewer documents.
+    """
     corpus = formats.open_corpus(source, separator)
-    labels = label_list(corpus)
+    labels = label_list(corpus, source)
     documents = {}
     known = {}
     for split, size in sizes.items():
         if size == 0:
             continue
-        drawn = draw(corpus, source, split, size, seed)
-        place = {line: i for i, line in enumerate(drawn)}
-        rows: list[dict] = [{}] * size
-        for line, document in enumerate(corpus.documents[split]()):
-            if line in place:
-                row_labels = named_labels(document, labels, corpus.by_name)
-                rows[place[line]] = {"text": document.text, "labels": row_labels}
-        documents[split] = rows
+        lines = draw(corpus, source, split, size, seed)
+        documents[split] = rows_at(lines, corpus, split, labels)
         if split in corpus.known:
-            known[split] = known_pairs(corpus, split, len(labels), drawn)
-    return Derived(documents, labels, corpus.by_name or names_are_unique(labels), known)
+            known[split] = known_pairs(corpus, split, len(labels), lines)
+    by_name = corpus.by_name or names_are_unique(labels)
+    return Derived(documents, labels, by_name, known)
 
 
 def draw(corpus: formats.Corpus, source: Path, split: str, size: int, seed: int) -> list[int]:
@@ -102,33 +93,69 @@ def draw(corpus: formats.Corpus, source: Path, split: str, size: int, seed: int)
         raise UserError(f"--{split} {size}: {source} has no {split} split; give --{split} 0")
     n = sum(1 for _ in corpus.documents[split]())
     if size > n:
-        raise UserError(f"--{split} {size}: {source} has {n:,} {split} documents; ask for at most so many")
+        raise UserError(
+            f"--{split} {size}: {source} has {n:,} {split} documents; ask for at most so many"
+        )
     return random.Random(seed).sample(range(n), size)
+
+
+def rows_at(
+    lines: list[int], corpus: formats.Corpus, split: str, labels: list[tuple[str, str]]
+) -> list[dict]:
+    """The documents in some lines of a split, in the order of `lines`."""
+    # The corpus is read once from top to bottom, and each document goes to its place.
+    place = {line: i for i, line in enumerate(lines)}
+    rows: list[dict] = [{}] * len(lines)
+    for line, document in enumerate(corpus.documents[split]()):
+        if line in place:
+            row_labels = named_labels(document, labels, corpus.by_name)
+            rows[place[line]] = {"text": document.text, "labels": row_labels}
+    return rows
+
+
+def known_pairs(
+    corpus: formats.Corpus, split: str, n_labels: int, lines: list[int]
+) -> list[tuple[int, int]]:
+    """The filter pairs of some lines of a split, numbered by their places in `lines`."""
+    path = corpus.known.get(split)
+    known = formats.read_known(path, n_labels, np.array(lines, np.int64))
+    rows, labels = known.nonzero()
+    return list(zip(rows.tolist(), labels.tolist(), strict=True))
 
 
 def names_are_unique(labels: list[tuple[str, str]]) -> bool:
     return len({name for name, _ in labels}) == len(labels)
 
 
-def named_labels(document: formats.Document, labels: list[tuple[str, str]], by_name: bool) -> list:
+def named_labels(
+    document: formats.Document, labels: list[tuple[str, str]], by_name: bool
+) -> list:
     """The names of a document's labels; their ids, where names repeat."""
     if by_name:
         return document.labels
     for label in document.labels:
         if not 0 <= label < len(labels):
-            raise UserError(f"{document.where}: label {label} is not among the {len(labels)} labels; add it to them")
+            raise UserError(
+                f"{document.where}: label {label} is not among the {len(labels)} labels; "
+                "add it to them"
+            )
     if names_are_unique(labels):
         return [labels[label][0] for label in document.labels]
     return document.labels
+
+
+# ------------------------------------------------------------------------------------ eurlex-titles
 
 
 def eurlex_titles(source: Path) -> Derived:
     """The titles of EURLEX57K's documents, in ascending order of their CELEX ids within a split."""
     corpus = formats.open_corpus(source)
     if corpus.layout != "EURLEX57K":
-        raise UserError(f"--source {source} looks like {corpus.layout}; expected EURLEX57K as its authors publish it: "
-                        "train/, dev/ and test/ with a JSON file for each document")
-    labels = label_list(corpus)
+        raise UserError(
+            f"--source {source} looks like {corpus.layout}; expected EURLEX57K as its authors "
+            "publish it: train/, dev/ and test/ with a JSON file for each document"
+        )
+    labels = label_list(corpus, source)
     documents = {}
     known = {}
     for split in ordered(corpus):
@@ -142,38 +169,51 @@ def eurlex_titles(source: Path) -> Derived:
 
 
 def title_of(document: formats.Document) -> dict:
-    """What is kept of a document; `where` is its file."""
+    """CELEX id, title and labels of a document; `where` is its file."""
     content = Path(document.where).read_text("utf-8-sig")
     number, title = formats.read_json(document.where, content, "celex_id", "title")
     for value in (number, title):
-        formats.document(document.where, value, document.labels, str)  # an error, unless it is a string
+        formats.document(document.where, value, document.labels, str)  # an error unless a string
     return {"celex_id": number, "text": " ".join(title.split()), "labels": document.labels}
+
+
+# ------------------------------------------------------------------------------------- debian-short
 
 
 def debian_short(source: Path) -> Derived:
     """The first sentences of the documents; all else as it was."""
     corpus = formats.open_corpus(source)
     if corpus.layout != "JSON lines" or corpus.labels is None:
-        raise UserError(f"--source {source} is not as data/build_debian.py writes it: train.jsonl.gz, val.jsonl.gz, "
-                        "test.jsonl.gz and labels.jsonl.gz; give data/debian")
+        raise UserError(
+            f"--source {source} is not as data/build_debian.py writes it: train.jsonl.gz, "
+            "val.jsonl.gz, test.jsonl.gz and labels.jsonl.gz; give data/debian"
+        )
     text_of = dict(corpus.labels)
     documents = {}
     known = {}
     for split in ordered(corpus):
-        documents[split] = [{"text": first_sentence(document.text, text_of), "labels": document.labels}
-                            for document in corpus.documents[split]()]
+        rows = []
+        for document in corpus.documents[split]():
+            text = first_sentence(document.text, text_of)
+            rows.append({"text": text, "labels": document.labels})
+        documents[split] = rows
         if split in corpus.known:
-            lines = list(range(len(documents[split])))
+            lines = list(range(len(rows)))
             known[split] = known_pairs(corpus, split, len(corpus.labels), lines)
     return Derived(documents, corpus.labels, True, known)
 
 
 def first_sentence(text: str, label_texts: dict[str, str]) -> str:
-    """ "name: short description." of a document; `label_texts` has "name: short description" of what is a label."""
+    """ "name: short description." of a document.
+
+    `label_texts` has "name: short description" of the documents that are labels.
+    """
+    # Is the document a label? Then the label's text says where the first sentence ends.
     name, _, _ = text.partition(": ")
     own = " ".join(label_texts.get(name, "").split())
     if own and text.startswith(own + "."):
         return own + "."
+    # If not, it ends at the first full stop with a blank behind it.
     short, end, _ = text.partition(". ")
     if end:
         return short + "."
@@ -185,29 +225,45 @@ def ordered(corpus: formats.Corpus) -> list[str]:
     return [split for split in SPLITS if split in corpus.documents]
 
 
+# ------------------------------------------------------------------------------------------ writing
+
+
 def check_out(out: Path) -> None:
     """UserError unless nothing is lost when a corpus is written there."""
     if out.exists() and not out.is_dir():
         raise UserError(f"--out {out} is a file; name a folder that is not there yet")
     if out.is_dir() and any(out.iterdir()):
-        raise UserError(f"--out {out} is not empty, and nothing is overwritten; name another folder, or empty it")
+        raise UserError(
+            f"--out {out} is not empty, and nothing is overwritten; name another folder, or empty "
+            "it"
+        )
 
 
 def files_of(derived: Derived) -> Iterator[tuple[str, list[str]]]:
-    """(name of a file, its lines) of the corpus."""
-    by_name = derived.by_name
-    for split, rows in derived.documents.items():
-        if not by_name:
-            rows = [{"title": "", "content": row["text"], "target_ind": row["labels"]} for row in rows]
-        name = f"{split}.jsonl.gz" if by_name else f"{LF_NAMES[split]}.json.gz"
-        yield name, [json_line(row) for row in rows]
-
-    if by_name:
-        yield "labels.jsonl.gz", [json_line({"name": name, "text": text}) for name, text in derived.labels]
-    else:
-        yield "lbl.json.gz", [json_line({"title": name}) for name, _ in derived.labels]
+    """Yield (name of a file, its lines) of the corpus."""
+    layout = json_lines_files if derived.by_name else lf_files
+    yield from layout(derived)
     for split, pairs in derived.known.items():
         yield f"filter_labels_{split}.txt.gz", [f"{line} {label}" for line, label in pairs]
+
+
+def json_lines_files(derived: Derived) -> Iterator[tuple[str, list[str]]]:
+    """The layout in which documents have the names of their labels."""
+    for split, rows in derived.documents.items():
+        yield f"{split}.jsonl.gz", [json_line(row) for row in rows]
+    labels = [json_line({"name": name, "text": text}) for name, text in derived.labels]
+    yield "labels.jsonl.gz", labels
+
+
+def lf_files(derived: Derived) -> Iterator[tuple[str, list[str]]]:
+    """The layout in which documents have the ids of their labels, as in the LF data sets."""
+    for split, rows in derived.documents.items():
+        lines = []
+        for row in rows:
+            lf_row = {"title": "", "content": row["text"], "target_ind": row["labels"]}
+            lines.append(json_line(lf_row))
+        yield f"{LF_NAMES[split]}.json.gz", lines
+    yield "lbl.json.gz", [json_line({"title": name}) for name, _ in derived.labels]
 
 
 def json_line(row: dict) -> str:
@@ -227,24 +283,41 @@ def save(derived: Derived, out: Path) -> None:
     except OSError as error:
         for path in written:
             path.unlink(missing_ok=True)
-        raise UserError(f"--out {out} cannot be written ({error}); make room, or name another folder") from error
+        raise UserError(
+            f"--out {out} cannot be written ({error}); make room, or name another folder"
+        ) from error
+
+
+# ------------------------------------------------------------------------------------- command line
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="sample | eurlex-titles | debian-short")
-    for name in ("sample", "eurlex-titles", "debian-short"):
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    names = ("sample", "eurlex-titles", "debian-short")
+    commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(names))
+    for name in names:
         command = commands.add_parser(name, allow_abbrev=False)
-        command.add_argument("--source", type=Path, required=True, help="folder of the corpus that is there")
-        command.add_argument("--out", type=Path, required=True, help="folder of the corpus to be made")
+        command.add_argument("--source", type=Path, required=True,
+                             help="folder of the corpus that is there")
+        command.add_argument("--out", type=Path, required=True,
+                             help="folder of the corpus to be made")
         if name == "sample":
-            command.add_argument("--train", type=positive, default=5000, help="training documents [5000]")
-            command.add_argument("--val", type=natural, default=1000, help="for validation; 0: none [1000]")
-            command.add_argument("--test", type=positive, default=1000, help="test documents [1000]")
-            command.add_argument("--seed", type=natural, default=0, help="seed of the draw [0]")
-            command.add_argument("--separator", default=";", help="what stands between labels in a CSV column [;]")
+            add_sample_flags(command)
     return parser.parse_args(argv)
+
+
+def add_sample_flags(command: argparse.ArgumentParser) -> None:
+    command.add_argument("--train", type=positive, default=5000, help="training documents [5000]")
+    command.add_argument("--val", type=natural, default=1000,
+                         help="documents for validation; 0: none [1000]")
+    command.add_argument("--test", type=positive, default=1000, help="test documents [1000]")
+    command.add_argument("--seed", type=natural, default=0, help="seed of the draw [0]")
+    command.add_argument("--separator", default=";",
+                         help="what stands between labels in a CSV column [;]")
 
 
 def run(args: argparse.Namespace) -> None:
@@ -252,23 +325,32 @@ def run(args: argparse.Namespace) -> None:
         raise UserError(f"--source {args.source}: no such folder; name the folder of a corpus")
     check_out(args.out)  # before anything is read, which may take a while
     if args.command == "sample":
-        sizes = {split: getattr(args, split) for split in SPLITS}
+        sizes = {"train": args.train, "val": args.val, "test": args.test}
         derived = sample(args.source, sizes, args.seed, args.separator)
     elif args.command == "eurlex-titles":
         derived = eurlex_titles(args.source)
     else:
         derived = debian_short(args.source)
     save(derived, args.out)
+    describe(derived)
+    print(f"{args.out}: {len(derived.labels):,} labels")
+
+
+def describe(derived: Derived) -> None:
+    """Print how many documents each split has, and how long they are."""
     for split, rows in derived.documents.items():
         words = np.mean([len(row["text"].split()) for row in rows])
-        pairs = f", {len(derived.known[split]):,} known labels" if split in derived.known else ""
+        pairs = ""
+        if split in derived.known:
+            pairs = f", {len(derived.known[split]):,} known labels"
         print(f"{split:5}  {len(rows):8,} documents   {words:.1f} words each{pairs}")
-    print(f"{args.out}: {len(derived.labels):,} labels")
 
 
 if __name__ == "__main__":
     try:
         run(parse())
     except (UserError, OSError) as error:
-        print(f"derive.py: error: {str(error).replace('--corpus', '--source', 1)}", file=sys.stderr)
+        # Errors about a corpus name stage 1's flag; here it is called --source.
+        said = str(error).replace("--corpus", "--source", 1)
+        print(f"derive.py: error: {said}", file=sys.stderr)
         sys.exit(2)

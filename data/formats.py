@@ -1,17 +1,24 @@
-"""How corpora lie on disk. A folder is recognised by what is in it, and every layout gives the same: a Corpus.
+"""How corpora lie on disk. A folder is recognised by its files, and every layout gives a Corpus.
 
-    JSON lines    train.jsonl  test.jsonl  [val.jsonl]  [labels.jsonl]     {"text", "labels": [names]}; {"name", "text"}
-    CSV           train.csv  test.csv  [val.csv]  [labels.csv]             columns text, labels; name, text
-    text pairs    train_texts.txt | train_raw_texts.txt | X.trn.txt        a document a line
-                  train_labels.txt | Y.trn.npz | Y.trn.txt                 its labels: names, or ids from 0
-                  [label_texts.txt | output-items.txt | Yf.txt]            a label a line
-    LF data sets  trn.json  tst.json  lbl.json                             uid, title, content, target_ind
-    EURLEX57K     train/*.json  test/*.json  [dev/*.json]  [EURLEX57K.json]    as its authors publish it
+    JSON lines    train.jsonl  test.jsonl  [val.jsonl]  [labels.jsonl]
+                  a document a line: {"text", "labels": [names]}; a label a line: {"name", "text"}
+    CSV           train.csv  test.csv  [val.csv]  [labels.csv]
+                  columns text, labels; name, text
+    text pairs    train_texts.txt | train_raw_texts.txt | X.trn.txt     a document a line
+                  train_labels.txt | Y.trn.npz | Y.trn.txt              its labels: names, or ids
+                  [label_texts.txt | output-items.txt | Yf.txt]         a label a line
+    LF data sets  trn.json  tst.json  lbl.json
+                  a document a line: uid, title, content, target_ind
+    EURLEX57K     train/*.json  test/*.json  [dev/*.json]  [EURLEX57K.json]
+                  as its authors publish it
 
-What ends in .jsonl, .json, .csv or .txt may be gzipped. A split for validation is called val, dev or valid. Text pairs
-for testing are called test_... or ....tst.... With any of them may come filter_labels_{train,val,test}.txt: pairs of a
-document's line and a label id, both from 0, that are known beforehand and no prediction. Every complaint names file and
-line.
+Files that end in .jsonl, .json, .csv or .txt may be gzipped. Ids are counted from 0. A split for
+validation is called val, dev or valid. Text pairs for testing are called test_... or ....tst....
+Any layout may have filter_labels_{train,val,test}.txt: pairs of a document's line and a label id,
+both from 0. These labels are known beforehand, and they are never predicted. Every error names the
+file and the line.
+
+Shapes   N documents of a split, L labels
 """
 
 import csv
@@ -21,7 +28,7 @@ import zlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
-from itertools import zip_longest
+from itertools import pairwise, zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,10 +38,16 @@ from scipy.sparse import csr_matrix, load_npz
 from plumbing.errors import UserError
 
 LONGEST = 2**28  # bytes of a line: more than that is no document
-SPLITS = {"train": ("train", "trn"), "val": ("val", "dev", "valid"), "test": ("test", "tst")}
+SPLITS = {  # the words for a split in the names of files
+    "train": ("train", "trn"),
+    "val": ("val", "dev", "valid"),
+    "test": ("test", "tst"),
+}
 
 
 class Document(NamedTuple):
+    """A document as the corpus has it."""
+
     where: str  # file and line
     text: str
     labels: list  # names, or ids from 0
@@ -45,61 +58,102 @@ class Corpus(NamedTuple):
 
     layout: str
     documents: dict[str, Callable[[], Iterator[Document]]]  # by split: train, test, perhaps val
-    labels: list[tuple[str, str]] | None  # (name, text) by id; None: whatever the documents have
+    labels: list[tuple[str, str]] | None  # (name, text) by id; None: the documents alone have them
     by_name: bool  # whether the documents have the labels' names, or their ids
     known: dict[str, Path]  # files with known pairs, by split
-    files: list[Path]
+    files: list[Path]  # the files with documents and labels
 
 
 def open_corpus(folder: Path, separator: str = ";") -> Corpus:
-    """The corpus in a folder. `separator` stands between the labels in a CSV column. UserError when it is of no known
-    layout, or of one with a part missing."""
+    """The corpus in a folder. `separator` stands between the labels in a CSV column.
+
+    UserError when it is of no known layout, or of one with a part missing.
+    """
     for recognise in (json_lines, comma_separated, text_pairs, lf, eurlex):
         corpus = recognise(folder, separator)
-        if corpus is None:
-            continue
-        for split in ("train", "test"):
-            if split not in corpus.documents:
-                raise UserError(f"{folder} looks like {corpus.layout}, but has no {split} split; data/formats.py says "
-                                "what is expected")
-        if corpus.labels is not None and not corpus.labels:
-            raise UserError(f"{folder}: the file of the labels has none, expected at least one")
-        counts = Counter(name for name, _ in corpus.labels or () if corpus.by_name)
-        if twice := [name for name, count in counts.items() if count > 1]:
-            raise UserError(f"{folder}: labels named more than once: {', '.join(map(repr, twice[:3]))}")
-        return corpus
-    found = sorted(path.name for path in folder.iterdir())[:8] if folder.is_dir() else "no such folder"
-    raise UserError(f"--corpus {folder}: no corpus is recognised, found {found or 'nothing'}; expected train.jsonl.gz "
-                    "and test.jsonl.gz, or one of the other layouts in data/formats.py")
+        if corpus is not None:
+            check(corpus, folder)
+            return corpus
+    found = "no such folder"
+    if folder.is_dir():
+        found = sorted(path.name for path in folder.iterdir())[:8] or "nothing"
+    raise UserError(
+        f"--corpus {folder}: no corpus is recognised, found {found}; expected train.jsonl.gz and "
+        "test.jsonl.gz, or one of the other layouts in data/formats.py"
+    )
+
+
+def check(corpus: Corpus, folder: Path) -> None:
+    """UserError unless it has training and test documents, and labels that are told apart."""
+    for split in ("train", "test"):
+        if split not in corpus.documents:
+            raise UserError(
+                f"{folder} looks like {corpus.layout}, but has no {split} split; data/formats.py "
+                "says what is expected"
+            )
+    if corpus.labels is None:
+        return
+    if not corpus.labels:
+        raise UserError(f"{folder}: the file of the labels has none, expected at least one")
+    if corpus.by_name:
+        counts = Counter(name for name, _ in corpus.labels)
+        twice = [repr(name) for name, count in counts.items() if count > 1]
+        if twice:
+            raise UserError(f"{folder}: labels named more than once: {', '.join(twice[:3])}")
+
+
+# ------------------------------------------------------------------------------------ finding files
 
 
 def one_of(folder: Path, *names: str) -> Path | None:
     """The first of the files that is there, as it is or gzipped."""
-    paths = (folder / (name + end) for name in names for end in ("", ".gz"))
-    return next((path for path in paths if path.is_file()), None)
+    for name in names:
+        for path in (folder / name, folder / (name + ".gz")):
+            if path.is_file():
+                return path
+    return None
 
 
 def by_split(folder: Path, *patterns: str) -> dict[str, Path]:
     """{split: the first file that is there}; {} in a pattern stands for the split's name."""
-    paths = {split: one_of(folder, *(pattern.format(word) for pattern in patterns for word in words))
-             for split, words in SPLITS.items()}
-    return {split: path for split, path in paths.items() if path}
+    found = {}
+    for split, words in SPLITS.items():
+        names = [pattern.format(word) for pattern in patterns for word in words]
+        path = one_of(folder, *names)
+        if path:
+            found[split] = path
+    return found
 
 
 def known_pairs(folder: Path) -> dict[str, Path]:
+    """The filter files, by split."""
     return by_split(folder, "filter_labels_{}.txt")
 
 
+def readers(read: Callable, sources: dict) -> dict[str, Callable[[], Iterator[Document]]]:
+    """{split: a function without arguments that reads its documents from the first to the last}."""
+    return {split: partial(read, source) for split, source in sources.items()}
+
+
+# ------------------------------------------------------------------- lines, and what stands in them
+
+
 def lines(path: Path) -> Iterator[tuple[str, str]]:
-    """(file and line number, the line without its end) of a text file in UTF-8, gzipped or not."""
+    """Yield (file and line number, line) of a text file in UTF-8, gzipped or not.
+
+    A line comes without its end. UserError where the file cannot be read.
+    """
+    open_file = gzip.open if path.suffix == ".gz" else open
     number = 0
     try:
-        with (gzip.open if path.suffix == ".gz" else open)(path, "rb") as file:
+        with open_file(path, "rb") as file:
             while line := file.readline(LONGEST):
                 number += 1
                 if len(line) == LONGEST:
                     raise UserError(f"{path} line {number}: longer than {LONGEST >> 20} MiB")
-                yield f"{path} line {number}", line.decode("utf-8-sig" if number == 1 else "utf-8").rstrip("\r\n")
+                # Some programs begin a file with a byte order mark, which is no part of the text.
+                encoding = "utf-8-sig" if number == 1 else "utf-8"
+                yield f"{path} line {number}", line.decode(encoding).rstrip("\r\n")
     except UnicodeDecodeError as error:
         raise UserError(f"{path} line {number}: no UTF-8 ({error})") from None
     except (OSError, EOFError, zlib.error) as error:
@@ -107,46 +161,35 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
 
 
 def read_json(where: str, text: str, *keys: str) -> list:
-    """The values of some keys of a JSON object."""
+    """The values of some keys of a JSON object; UserError where it is none, or one is missing."""
     try:
         row = json.loads(text)
         return [row[key] for key in keys]
     except (KeyError, TypeError):
-        raise UserError(f"{where}: expected an object with {', '.join(keys)}: {text[:80]!r}") from None
+        expected = ", ".join(keys)
+        raise UserError(f"{where}: expected an object with {expected}: {text[:80]!r}") from None
     except (ValueError, RecursionError) as error:
         raise UserError(f"{where}: no JSON ({error})") from None
 
 
 def document(where: str, text, labels, kind: type) -> Document:
-    """UserError unless the text is a string and the labels are a list of `kind`."""
-    if not isinstance(text, str) or not isinstance(labels, list) or not all(type(label) is kind for label in labels):
-        what = {str: "names", int: "ids"}[kind]
-        raise UserError(f"{where}: text must be a string and labels a list of {what}, found {text!r:.40} and "
-                        f"{labels!r:.40}")
+    """UserError unless the text is a string and the labels are a list of `kind`, str or int."""
+    is_sound = isinstance(text, str) and isinstance(labels, list)
+    if not is_sound or not all(type(label) is kind for label in labels):
+        expected = "names" if kind is str else "ids"
+        raise UserError(
+            f"{where}: text must be a string and labels a list of {expected}, found {text!r:.40} "
+            f"and {labels!r:.40}"
+        )
     return Document(where, text, labels)
 
 
-def json_lines(folder: Path, separator: str) -> Corpus | None:
-    paths, labels = by_split(folder, "{}.jsonl"), one_of(folder, "labels.jsonl")
-    if not paths and not labels:
-        return None
-
-    def read(path: Path) -> Iterator[Document]:
-        return (document(where, *read_json(where, line, "text", "labels"), str) for where, line in lines(path))
-
-    def label(where: str, line: str) -> tuple[str, str]:
-        name, text = read_json(where, line, "name", "text")
-        return named(where, name), document(where, text, [], str).text
-
-    return Corpus("JSON lines", {split: partial(read, path) for split, path in paths.items()},
-                  [label(*line) for line in lines(labels)] if labels else None, True, known_pairs(folder),
-                  [*paths.values(), *([labels] if labels else [])])
-
-
-def named(where: str, name) -> str:
+def named(where: str | Path, name) -> str:
     """A label's name, which has to survive being written as UTF-8."""
     if not isinstance(name, str) or name != encodable(name):
-        raise UserError(f"{where}: name and text must be strings of whole characters, found {name!r:.40}")
+        raise UserError(
+            f"{where}: name and text must be strings of whole characters, found {name!r:.40}"
+        )
     return name
 
 
@@ -155,91 +198,238 @@ def encodable(text: str) -> str:
     return text.encode("utf-8", "replace").decode()
 
 
-def comma_separated(folder: Path, separator: str) -> Corpus | None:
-    paths, labels = by_split(folder, "{}.csv"), one_of(folder, "labels.csv")
-    if not paths:
-        return None
-    csv.field_size_limit(LONGEST)
+def joined(parts: Iterable) -> str:
+    """The texts that are there and not empty, with a blank between them."""
+    return " ".join(part for part in parts if isinstance(part, str) and part)
 
-    def rows(path: Path, *columns: str) -> Iterator[tuple[str, list[str]]]:
-        reader = csv.reader(line + "\n" for _, line in lines(path))
-        try:
-            header = next(reader, [])
-            if missing := [column for column in columns if column not in header]:
-                raise UserError(f"{path} line 1: no column {', '.join(missing)} among {header}")
-            places = [header.index(column) for column in columns]
-            for row in reader:
-                if len(row) != len(header):
-                    raise UserError(f"{path} line {reader.line_num}: {len(row)} columns, expected {len(header)}")
-                yield f"{path} line {reader.line_num}", [row[place] for place in places]
-        except csv.Error as error:
-            raise UserError(f"{path} line {reader.line_num}: no CSV ({error})") from None
+
+def natural_order(name: str) -> tuple:
+    """A key that sorts numbers as numbers, before everything else."""
+    if name.isdecimal():
+        return 0, int(name), name
+    return 1, 0, name
+
+
+# --------------------------------------------------------------------------------------- JSON lines
+
+
+def json_lines(folder: Path, separator: str) -> Corpus | None:
+    """A document and a label are a JSON object each."""
+    paths = by_split(folder, "{}.jsonl")
+    labels_path = one_of(folder, "labels.jsonl")
+    if not paths and not labels_path:
+        return None
 
     def read(path: Path) -> Iterator[Document]:
-        for where, (text, names) in rows(path, "text", "labels"):
-            yield Document(where, text, [name.strip() for name in names.split(separator) if name.strip()])
+        for where, line in lines(path):
+            text, labels = read_json(where, line, "text", "labels")
+            yield document(where, text, labels, str)
 
-    return Corpus("CSV", {split: partial(read, path) for split, path in paths.items()},
-                  [(name, text) for _, (name, text) in rows(labels, "name", "text")] if labels else None, True,
-                  known_pairs(folder), [*paths.values(), *([labels] if labels else [])])
+    # Without a list of the labels, stage 1 collects the names that the documents have.
+    labels = None
+    files = list(paths.values())
+    if labels_path:
+        labels = []
+        files.append(labels_path)
+        for where, line in lines(labels_path):
+            name, text = read_json(where, line, "name", "text")
+            checked = document(where, text, [], str)  # an error, unless the text is a string
+            labels.append((named(where, name), checked.text))
+    return Corpus(
+        layout="JSON lines",
+        documents=readers(read, paths),
+        labels=labels,
+        by_name=True,
+        known=known_pairs(folder),
+        files=files,
+    )
+
+
+# ---------------------------------------------------------------------------------------------- CSV
+
+
+def comma_separated(folder: Path, separator: str) -> Corpus | None:
+    """Documents and labels are rows of a CSV file; `separator` stands between the labels."""
+    paths = by_split(folder, "{}.csv")
+    labels_path = one_of(folder, "labels.csv")
+    if not paths:
+        return None
+    csv.field_size_limit(LONGEST)  # the default, 128 KiB, is less than a long document
+
+    def read(path: Path) -> Iterator[Document]:
+        for where, (text, cell) in csv_rows(path, "text", "labels"):
+            names = [name.strip() for name in cell.split(separator)]
+            yield Document(where, text, [name for name in names if name])
+
+    labels = None
+    files = list(paths.values())
+    if labels_path:
+        labels = [(name, text) for _, (name, text) in csv_rows(labels_path, "name", "text")]
+        files.append(labels_path)
+    return Corpus(
+        layout="CSV",
+        documents=readers(read, paths),
+        labels=labels,
+        by_name=True,
+        known=known_pairs(folder),
+        files=files,
+    )
+
+
+def csv_rows(path: Path, *columns: str) -> Iterator[tuple[str, list[str]]]:
+    """Yield (file and line number, values of the columns); the first line names the columns."""
+    # A cell may hold line ends, which lines() takes off, so we put them back.
+    reader = csv.reader(line + "\n" for _, line in lines(path))
+    try:
+        header = next(reader, [])
+        missing = [column for column in columns if column not in header]
+        if missing:
+            raise UserError(f"{path} line 1: no column {', '.join(missing)} among {header}")
+        places = [header.index(column) for column in columns]
+        for row in reader:
+            where = f"{path} line {reader.line_num}"
+            if len(row) != len(header):
+                raise UserError(f"{where}: {len(row)} columns, expected {len(header)}")
+            yield where, [row[place] for place in places]
+    except csv.Error as error:
+        raise UserError(f"{path} line {reader.line_num}: no CSV ({error})") from None
+
+
+# --------------------------------------------------------------------------------------- text pairs
 
 
 def text_pairs(folder: Path, separator: str) -> Corpus | None:
-    texts = by_split(folder, "{}_texts.txt", "{}_raw_texts.txt", "X.{}.txt")
-    if not texts:
+    """The texts are in one file, a document a line, and their labels in another."""
+    text_paths = by_split(folder, "{}_texts.txt", "{}_raw_texts.txt", "X.{}.txt")
+    if not text_paths:
         return None
-    of = by_split(folder, "{}_labels.txt", "Y.{}.npz", "Y.{}.txt")
-    if missing := sorted(set(texts) - set(of)):
-        raise UserError(f"{folder}: {texts[missing[0]].name} has no labels beside it, such as {missing[0]}_labels.txt")
-    names = one_of(folder, "label_texts.txt", "output-items.txt", "Yf.txt")
-    labels = [(line, line) for _, line in lines(names)] if names else None
-    matrices = {split: matrix(path) for split, path in of.items() if path.suffix == ".npz"}
+    label_paths = by_split(folder, "{}_labels.txt", "Y.{}.npz", "Y.{}.txt")
+    for split in sorted(set(text_paths) - set(label_paths)):
+        raise UserError(
+            f"{folder}: {text_paths[split].name} has no labels beside it, such as "
+            f"{split}_labels.txt"
+        )
+
+    # The labels are listed in a file; without one, they are the columns of the matrices.
+    labels = None
+    files = [*text_paths.values(), *label_paths.values()]
+    names_path = one_of(folder, "label_texts.txt", "output-items.txt", "Yf.txt")
+    if names_path:
+        labels = [(line, line) for _, line in lines(names_path)]
+        files.append(names_path)
+    matrices = {}
+    for split, path in label_paths.items():
+        if path.suffix == ".npz":
+            matrices[split] = matrix(path)
     if matrices and labels is None:
-        labels = [(str(i), "") for i in range(max(Y.shape[1] for Y in matrices.values()))]
-    # With a list of the labels numbers are ids; without one they are names.
-    by_name = labels is None or not matrices and not all(
-        word.isdecimal() for split in texts for _, row in label_lines(of[split]) for word in row)
+        n_labels = max(Y.shape[1] for Y in matrices.values())
+        labels = [(str(i), "") for i in range(n_labels)]
+
+    # With a list of the labels, numbers are ids. Without one, they are names.
+    by_name = labels is None
+    if labels is not None and not matrices:
+        by_name = not all(only_numbers(label_paths[split]) for split in text_paths)
 
     def read(split: str) -> Iterator[Document]:
-        rows = ((f"{of[split]} row {i + 1}", row) for i, row in enumerate(matrix_rows(matrices[split]))
-                ) if split in matrices else label_lines(of[split])
-        for text, row in zip_longest(lines(texts[split]), rows):
-            if text is None or row is None:
-                longer, shorter = (texts[split], of[split]) if row is None else (of[split], texts[split])
-                raise UserError(f"{longer} has more lines than {shorter}, which ends before {(text or row)[0]}")
-            yield Document(row[0], text[1], row[1] if split in matrices or by_name else [int(word) for word in row[1]])
+        label_path = label_paths[split]
+        if split in matrices:
+            rows = matrix_rows(label_path, matrices[split])
+        elif by_name:
+            rows = label_lines(label_path)
+        else:
+            rows = id_lines(label_path)
+        return side_by_side(text_paths[split], label_path, rows)
 
-    return Corpus("text pairs", {split: partial(read, split) for split in texts}, labels, by_name, known_pairs(folder),
-                  [*texts.values(), *of.values(), *([names] if names else [])])
+    return Corpus(
+        layout="text pairs",
+        documents=readers(read, {split: split for split in text_paths}),
+        labels=labels,
+        by_name=by_name,
+        known=known_pairs(folder),
+        files=files,
+    )
+
+
+def side_by_side(
+    text_path: Path, label_path: Path, rows: Iterator[tuple[str, list]]
+) -> Iterator[Document]:
+    """Yield a document for each line of texts and row of labels; both have the same number."""
+    for text_line, row in zip_longest(lines(text_path), rows):
+        if row is None:
+            raise more_lines(text_path, label_path, text_line[0])
+        if text_line is None:
+            raise more_lines(label_path, text_path, row[0])
+        where, labels = row
+        yield Document(where, text_line[1], labels)
+
+
+def more_lines(longer: Path, shorter: Path, where: str) -> UserError:
+    return UserError(f"{longer} has more lines than {shorter}, which ends before {where}")
+
+
+def only_numbers(path: Path) -> bool:
+    """Whether a file of labels has ids, and no names."""
+    return all(word.isdecimal() for _, words in label_lines(path) for word in words)
+
+
+def id_lines(path: Path) -> Iterator[tuple[str, list[int]]]:
+    """Yield (file and line, label ids)."""
+    for where, words in label_lines(path):
+        if not all(word.isdecimal() for word in words):
+            raise UserError(f"{where}: expected ids of labels, found {' '.join(words)[:40]!r}")
+        yield where, [int(word) for word in words]
 
 
 def label_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
-    """(file and line, words) of labels as words between blanks or commas. In Y....txt "7:1" stands for 7, and a first
-    line with the numbers of documents and labels is left out."""
-    is_matrix, header = path.name.startswith("Y."), None
-    if is_matrix:
-        first, count = next(lines(path), ("", ""))[1].split(), sum(1 for _ in lines(path))
-        header = 0 if len(first) == 2 and first[0] == str(count - 1) else None
+    """Yield (file and line, words) of labels as words between blanks or commas.
+
+    In a matrix, Y....txt, "7:1" stands for 7, and a first line with the numbers of documents and
+    labels is left out.
+    """
+    is_matrix = path.name.startswith("Y.")
+    first = 1 if is_matrix and has_header(path) else 0
     for i, (where, line) in enumerate(lines(path)):
-        if i != header:
-            yield where, [word.split(":")[0] if is_matrix else word for word in line.replace(",", " ").split()]
+        if i < first:
+            continue
+        words = line.replace(",", " ").split()
+        if is_matrix:
+            words = [word.split(":")[0] for word in words]
+        yield where, words
+
+
+def has_header(path: Path) -> bool:
+    """Whether the first line has two words, and the first of them counts the other lines."""
+    words = []
+    count = 0
+    for _, line in lines(path):
+        if count == 0:
+            words = line.split()
+        count += 1
+    return len(words) == 2 and words[0] == str(count - 1)
 
 
 def matrix(path: Path) -> csr_matrix:
-    """A label matrix as scipy saves it; no pickles."""
+    """A label matrix (N, L) as scipy saves it; no pickles."""
     try:
         return csr_matrix(load_npz(path))
     except Exception as error:  # there is nothing that a damaged file may not raise
         raise UserError(f"{path} cannot be read: {error}") from None
 
 
-def matrix_rows(Y: csr_matrix) -> Iterator[list[int]]:
-    return (Y.indices[a:b].tolist() for a, b in zip(Y.indptr, Y.indptr[1:], strict=False))
+def matrix_rows(path: Path, Y: csr_matrix) -> Iterator[tuple[str, list[int]]]:
+    """Yield (file and row from 1, label ids) of a label matrix."""
+    for i, (start, end) in enumerate(pairwise(Y.indptr), 1):
+        yield f"{path} row {i}", Y.indices[start:end].tolist()
+
+
+# ------------------------------------------------------------------------------------- LF data sets
 
 
 def lf(folder: Path, separator: str) -> Corpus | None:
-    paths, labels = by_split(folder, "{}.json"), one_of(folder, "lbl.json")
-    if not labels:
+    """Documents have the ids of their labels, under target_ind; labels have a title alone."""
+    paths = by_split(folder, "{}.json")
+    labels_path = one_of(folder, "lbl.json")
+    if not labels_path:
         return None
 
     def read(path: Path) -> Iterator[Document]:
@@ -247,61 +437,115 @@ def lf(folder: Path, separator: str) -> Corpus | None:
             title, content, labels = read_json(where, line, "title", "content", "target_ind")
             yield document(where, joined([title, content]), labels, int)
 
-    def label(where: str, line: str) -> tuple[str, str]:
-        title = named(where, read_json(where, line, "title")[0])
-        return title, title
+    labels = []
+    for where, line in lines(labels_path):
+        (title,) = read_json(where, line, "title")
+        labels.append((named(where, title), title))
+    return Corpus(
+        layout="an LF data set",
+        documents=readers(read, paths),
+        labels=labels,
+        by_name=False,
+        known=known_pairs(folder),
+        files=[*paths.values(), labels_path],
+    )
 
-    return Corpus("an LF data set", {split: partial(read, path) for split, path in paths.items()},
-                  [label(*line) for line in lines(labels)], False, known_pairs(folder), [*paths.values(), labels])
 
-
-def joined(parts: Iterable) -> str:
-    """What there is of some texts, with a blank between them."""
-    return " ".join(part for part in parts if isinstance(part, str) and part)
+# ---------------------------------------------------------------------------------------- EURLEX57K
 
 
 def eurlex(folder: Path, separator: str) -> Corpus | None:
-    folders = {split: next((folder / word for word in words if (folder / word).is_dir()), None)
-               for split, words in SPLITS.items()}
-    files = {split: sorted(path.glob("*.json")) for split, path in folders.items() if path and any(path.glob("*.json"))}
+    """A document is a file of its own, in the folder of its split."""
+    files = eurlex_files(folder)
     if not files:
         return None
 
     def read(split: str) -> Iterator[Document]:
         for path in files[split]:
-            keys = ("header", "recitals", "main_body", "attachments", "concepts")
-            header, recitals, body, attachments, concepts = read_json(str(path), path.read_text("utf-8-sig"), *keys)
-            text = joined([header, recitals, *(body if isinstance(body, list) else [body]), attachments])
-            yield document(str(path), text, concepts, str)
+            yield eurlex_document(path)
 
-    names = one_of(folder, "EURLEX57K.json") or one_of(folder.parent, "EURLEX57K.json")
+    # Its labels are the concepts that its documents have; their names stand in a file of their own.
     labels = None
-    if names:
-        used = {label for split in files for _, _, labels in read(split) for label in labels}
-        try:
-            described = json.loads(names.read_bytes())
-            labels = [(concept, described[concept]["label"]) for concept in sorted(used, key=natural_order)]
-        except (ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{names}: expected an object with a label for each concept ({error!r})") from None
-    return Corpus("EURLEX57K", {split: partial(read, split) for split in files}, labels, True, known_pairs(folder),
-                  [path for paths in files.values() for path in paths])
+    names_path = one_of(folder, "EURLEX57K.json") or one_of(folder.parent, "EURLEX57K.json")
+    if names_path:
+        used = set()
+        for split in files:
+            for each in read(split):
+                used.update(each.labels)
+        labels = eurlex_labels(names_path, used)
+    return Corpus(
+        layout="EURLEX57K",
+        documents=readers(read, {split: split for split in files}),
+        labels=labels,
+        by_name=True,
+        known=known_pairs(folder),
+        files=[path for paths in files.values() for path in paths],
+    )
 
 
-def natural_order(name: str) -> tuple:
-    """A key that sorts numbers as numbers, before everything else."""
-    return (0, int(name), name) if name.isdecimal() else (1, 0, name)
+def eurlex_files(folder: Path) -> dict[str, list[Path]]:
+    """{split: its files, one for each document, sorted by name}."""
+    found = {}
+    for split, words in SPLITS.items():
+        folders = [folder / word for word in words if (folder / word).is_dir()]
+        paths = sorted(folders[0].glob("*.json")) if folders else []
+        if paths:
+            found[split] = paths
+    return found
+
+
+def eurlex_document(path: Path) -> Document:
+    """The parts of a document, in their order, are its text."""
+    header, recitals, body, attachments, concepts = read_json(
+        str(path),
+        path.read_text("utf-8-sig"),
+        "header",
+        "recitals",
+        "main_body",
+        "attachments",
+        "concepts",
+    )
+    paragraphs = body if isinstance(body, list) else [body]
+    text = joined([header, recitals, *paragraphs, attachments])
+    return document(str(path), text, concepts, str)
+
+
+def eurlex_labels(path: Path, used: set[str]) -> list[tuple[str, str]]:
+    """(concept, its label) of the concepts that documents have: the file has many more."""
+    try:
+        described = json.loads(path.read_bytes())
+        concepts = sorted(used, key=natural_order)
+        return [(concept, described[concept]["label"]) for concept in concepts]
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: expected an object with a label for each concept ({error!r})"
+        ) from None
+
+
+# ------------------------------------------------------------------------------------- filter files
 
 
 def read_known(path: Path | None, n_labels: int, lines_N: np.ndarray) -> csr_matrix:
-    """(N, L), true where a filter file says that a label is known of the document that stands in line lines_N[i]."""
-    pairs = []
+    """(N, L), true where a filter file says that a label of a document is known.
+
+    Document i of the split stands in line lines_N[i] of the corpus, from 0. Without a file (None)
+    nothing is known. UserError where a line of the file is no pair of such numbers.
+    """
+    rows = []
+    labels = []
     for where, line in lines(path) if path else ():
         words = line.split()
-        if len(words) != 2 or not all(word.isdecimal() for word in words) or int(words[1]) >= n_labels:
-            raise UserError(f"{where}: expected the line of a document and the id of one of {n_labels} labels, found "
-                            f"{line[:40]!r}")
-        pairs.append((int(words[0]), int(words[1])))
-    rows, labels = np.array(pairs, np.int64).reshape(-1, 2).T
-    shape = max(rows.max(initial=-1), lines_N.max(initial=-1)) + 1, n_labels
-    known = csr_matrix((np.ones(len(rows), bool), (rows, labels.astype(np.int32))), shape=shape)
+        are_numbers = len(words) == 2 and all(word.isdecimal() for word in words)
+        if not are_numbers or int(words[1]) >= n_labels:
+            raise UserError(
+                f"{where}: expected the line of a document and the id of one of {n_labels} labels, "
+                f"found {line[:40]!r}"
+            )
+        rows.append(int(words[0]))
+        labels.append(int(words[1]))
+
+    # A matrix with a row for every line that occurs; then the rows of the split are taken out.
+    last_line = max(max(rows, default=-1), lines_N.max(initial=-1))
+    places = (np.array(rows, np.int64), np.array(labels, np.int32))
+    known = csr_matrix((np.ones(len(rows), bool), places), shape=(last_line + 1, n_labels))
     return known[lines_N].sorted_indices()
