@@ -195,7 +195,7 @@ def forge(path: Path, change) -> None:
 
 FORGED = {
     "67 million clusters": ("tree.npz", lambda a, m: a.update(levels=np.array([2**26])), "67108864 clusters > 40"),
-    "no cluster": ("tree.npz", lambda a, m: a.update(levels=np.array([0])), "expected rising powers of two"),
+    "no cluster": ("tree.npz", lambda a, m: a.update(levels=np.array([0])), "expected rising numbers"),
     "a label far out": ("tree.npz", lambda a, m: a["slot_to_label"].__setitem__(0, 10**6), "are no permutation"),
     "a million million tokens": ("data.npz", lambda a, m: m.update(vocab_size=2**40), "has no 1099511627776 tokens"),
     "a label out of range": ("data.npz", lambda a, m: a["train_labels"].__setitem__(3, 40), "train_labels is not what"),

@@ -164,3 +164,17 @@ def test_cosine_to_centroid_against_a_loop():
         centroid = rows.sum(0) / np.linalg.norm(rows.sum(0))
         cosines += (rows @ centroid).tolist()
     assert tree.cosine_to_centroid(Z, order, bounds) == pytest.approx(np.mean(cosines))
+
+
+@pytest.mark.parametrize(("slots", "levels", "said"), [
+    ([2, 0, 1, 4, 3, 5], [3], ""),
+    ([2, 0, 1, 4, 3, 5, -1, 6, 7, -1, 8, 9], [2, 6], ""),
+    ([0, 1, 2], [], ""),
+    ([2, 0, 1, 4, 3, 5], [2, 3], "multiple"),
+    ([2, 0, 1, 4, 3, 5], [4], "permutation"),
+    ([2, 0, 1, 4, 3, 3], [3], "permutation"),
+    ([2, 0, 1, 4, 3, 5], [12], "12 clusters > 6 labels"),
+])
+def test_any_tree_will_do_whose_levels_divide_each_other(slots, levels, said):
+    found = tree.what_is_wrong(tree.Tree(np.array(slots, np.int32), levels))
+    assert said in found and bool(said) == bool(found)
