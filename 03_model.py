@@ -648,8 +648,12 @@ def build(
     tree: tree_stage.Tree,
     config: Config,
     encoder: EncoderProtocol | None = None,
+    cascade: type[Cascade] = Cascade,
 ) -> Cascade:
-    """The cascade before training, or around an encoder that is there already."""
+    """The cascade before training, or around an encoder that is there already.
+
+    `cascade`: a class of a fork, with a loss or negatives of its own.
+    """
     torch.manual_seed(config.seed)
     # The encoder, new or given.
     if encoder is None:
@@ -668,7 +672,7 @@ def build(
     else:
         layers = choose_layers(encoder.depth, n_levels)
     dropout = rates(config.dropout, n_levels)
-    model = Cascade(encoder, tree, topk, layers, config.join, dropout)
+    model = cascade(encoder, tree, topk, layers, config.join, dropout)
     # Half the memory for the label weights, by far the biggest part with millions of labels.
     if config.label_bf16:
         label_weight = model.heads[-1].weight
