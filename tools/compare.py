@@ -1,23 +1,30 @@
 """Compare the predictions of several runs, and make an ensemble of them.
 
     python -m tools.compare runs/a runs/b                           two: a paired bootstrap
-    python -m tools.compare runs/seed-0 runs/seed-1 runs/seed-2     more: mean and standard deviation over the runs
+    python -m tools.compare runs/seed-0 runs/seed-1 runs/seed-2     more: mean and standard deviation
     python -m tools.compare --ensemble runs/a runs/b runs/c --out runs/abc
 
 Reads    RUN/data.npz and RUN/predictions.npz of each run; with --split val, RUN/predictions.val.npz
-Writes   with --ensemble, OUT/predictions.npz, and OUT/data.npz, a link to that of the first run: OUT is a run folder
+Writes   with --ensemble, OUT/predictions.npz, and OUT/data.npz, a link to the first run's: OUT is a run folder
 
-All runs must have predicted the same documents with the same true and known labels; only their tokens may differ.
-Metrics are in percent, over the documents that have labels; PSP takes its weights from the training labels of the first
-run. A dash: fewer labels were predicted than the metric asks for.
-The bootstrap (paired, as in Koehn, EMNLP 2004) draws the documents anew, with replacement, the same ones for both runs:
-the middle 95% of the differences, and the share of the draws in which the second run is better, half of the equal ones
-counted. That is about which documents are in the split; for the seed of training, compare runs with several seeds.
-The ensemble's score of a label is the mean of its probabilities in the runs. Where a run does not have it among its k
-labels, its probability there is unknown, at most that of the last one, and is taken to be 0: predict with a larger --k
-than is needed. Labels with equal scores are ordered by their ids.
+All runs must have predicted the same documents with the same true and known labels; only their
+tokens may differ. Metrics are in percent, over the documents that have labels. PSP takes its
+weights from the training labels of the first run. A dash: fewer labels were predicted than the
+metric asks for.
 
-Shapes   N documents, L labels, B documents in a chunk, k labels predicted, K those of all runs, M metrics, R resamples
+The bootstrap (paired, as in Koehn, EMNLP 2004) asks: would the second run still be better on other
+documents of the same kind? It draws the documents anew, with replacement, the same ones for both
+runs, a thousand times. It prints the middle 95% of the differences, and the share of the draws in
+which the second run is better; a draw without a difference counts half. This is about which
+documents are in the split. For the seed of training, compare runs with several seeds.
+
+In an ensemble, a label's score is the mean of its probabilities in the runs. Where a run does not
+have it among its k labels, its probability there is unknown, at most that of the last one, and is
+taken to be 0: predict with a larger --k than you need. Labels with equal scores are ordered by
+their ids.
+
+Shapes   N documents, L labels, B documents in a chunk, k labels predicted by a run, M those of all runs,
+         P (document, label) pairs, Q metrics, R resamples
 """
 
 import argparse
@@ -36,7 +43,7 @@ from plumbing.store import link, load_npz, save_npz
 stages = load_stages()
 
 COLUMNS = [("P", 1), ("P", 3), ("P", 5), ("nDCG", 5), ("PSP", 5), ("R", 10), ("R", 100)]
-PSP = [name == "PSP" for name, _ in COLUMNS]
+IS_PSP = [name == "PSP" for name, _ in COLUMNS]
 CHUNK = 2**13  # documents whose predictions are looked at at a time
 CELLS = 2**22  # (resample, document) cells in memory at a time
 
@@ -52,93 +59,236 @@ class Config:
 
 def parse(argv: list[str] | None = None) -> Config:
     """The command line; plumbing.cli.parse knows only flags."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
     parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders, two or more")
-    parser.add_argument("--ensemble", action="store_true", help="write the mean of the runs' predictions to --out")
+    parser.add_argument(
+        "--ensemble", action="store_true", help="write the mean of the runs' predictions to --out"
+    )
     parser.add_argument("--out", default="", metavar="FOLDER", help="run folder of the ensemble")
-    parser.add_argument("--split", choices=("test", "val", "train"), default="test", help="documents [test]")
-    parser.add_argument("--seed", type=natural, default=0, metavar="", help="seed of the bootstrap [0]")
+    parser.add_argument(
+        "--split", choices=("test", "val", "train"), default="test", help="documents [test]"
+    )
+    parser.add_argument(
+        "--seed", type=natural, default=0, metavar="", help="seed of the bootstrap [0]"
+    )
     return Config(**vars(parser.parse_args(argv)))
 
 
-def load_predictions(path: Path, split: str, n_documents: int, n_labels: int) -> tuple[dict[str, np.ndarray], str]:
-    """({"labels" (N, k), "scores" (N, k)}, sha256). UserError unless they are what the README says, for that split."""
+# 1. Reading runs that can be compared.
+
+
+@dataclass
+class Truth:
+    """What a run was to predict."""
+
+    folder: str
+    names: list[str]
+    split: stages.data.Split
+    known: tuple | None  # what is known beforehand, as something that can be compared
+    weight_L: np.ndarray  # inverse propensities
+
+
+@dataclass
+class Member:
+    """What a run of an ensemble has predicted."""
+
+    labels_Nk: np.ndarray
+    scores_Nk: np.ndarray
+    ranking: str
+    sha256: str
+
+
+def load_predictions(path: Path, split: str, n_documents: int, n_labels: int) -> Member:
+    """What a run has predicted. UserError unless it is what docs/artifacts.md says, for that split."""
     arrays, meta = load_npz(path)
-    if meta["config"].get("split") != split:
-        raise UserError(f"{path} is for the split {meta['config'].get('split')}, expected {split}; predict that again")
-    labels, scores = (arrays.get(key, np.zeros(0)) for key in ("labels", "scores"))
-    if labels.shape != scores.shape or labels.dtype.kind != "i" or labels.ndim != 2 or len(labels) != n_documents or (
-            not ((labels >= -1) & (labels < n_labels) & (scores >= 0) & (scores < 1.001)).all()):
-        raise UserError(f"{path}: labels {labels.dtype} {labels.shape}, scores {scores.shape}; expected label ids from "
-                        f"-1 to {n_labels - 1:,} and probabilities, both (N, k), for {n_documents:,} documents")
-    return {"labels": labels, "scores": scores}, meta["sha256"]
+    of = meta["config"].get("split")
+    if of != split:
+        raise UserError(f"{path} is for the split {of}, expected {split}; predict that again")
+    labels = arrays.get("labels", np.zeros(0))
+    scores = arrays.get("scores", np.zeros(0))
+    has_shape = labels.ndim == 2 and labels.shape == scores.shape and len(labels) == n_documents
+    fits = has_shape and labels.dtype.kind == "i"
+    if fits:
+        are_labels = (labels >= -1) & (labels < n_labels)
+        are_probabilities = (scores >= 0) & (scores < 1.001)
+        fits = (are_labels & are_probabilities).all()
+    if not fits:
+        raise UserError(
+            f"{path}: labels {labels.dtype} {labels.shape}, scores {scores.shape}; expected label ids from "
+            f"-1 to {n_labels - 1:,} and probabilities, both (N, k), for {n_documents:,} documents"
+        )
+    return Member(labels, scores, meta.get("ranking", ""), meta["sha256"])
 
 
-def contributions(labels_Nk: np.ndarray, split: stages.data.Split, weight_L: np.ndarray) -> np.ndarray:
-    """(N', M + 1): what each document that has labels adds to each metric, and last the most that it can add to PSP@5.
+def load_truth(folder: str, split_name: str) -> Truth:
+    """The true labels of a run's documents."""
+    data = stages.data.load(folder)
+    train = data.splits["train"]
+    known = data.known.get(split_name)
+    if known is not None:
+        known = (known.indices.tobytes(), known.indptr.tobytes())
+    count_L = np.bincount(train.labels, minlength=len(data.names))
+    weight_L = stages.eval.inverse_propensity(count_L, len(train))
+    return Truth(folder, data.names, data.splits[split_name], known, weight_L)
 
-    A metric is the mean of its column; PSP, as in the XMC repository, the sum of its column over that of the last. nan
-    in the columns of metrics that ask for more labels than were predicted."""
-    parts, discount_k = [], 1 / np.log2(np.arange(2, 7))
+
+def check_same(first: Truth, other: Truth, split_name: str) -> None:
+    """UserError unless two runs had the same documents to predict, under the same conditions."""
+    same_names = first.names == other.names
+    same_labels = np.array_equal(first.split.labels, other.split.labels)
+    same_offsets = np.array_equal(first.split.label_offsets, other.split.label_offsets)
+    if not (same_names and same_labels and same_offsets):
+        raise UserError(
+            f"{first.folder} and {other.folder} differ in the labels of {split_name} documents or in "
+            "their names; make their data.npz from the same corpus"
+        )
+    # What is known beforehand is no prediction: one run must not be spared wrong labels that the
+    # other is not spared.
+    if first.known != other.known:
+        raise UserError(
+            f"{first.folder} and {other.folder} differ in what is known beforehand of {split_name} "
+            "documents (filter files); make their data.npz from the same corpus"
+        )
+
+
+# 2. What each document adds to each metric.
+
+
+def contributions(
+    labels_Nk: np.ndarray, split: stages.data.Split, weight_L: np.ndarray
+) -> np.ndarray:
+    """(N', Q + 1): what each document with labels adds to each metric; last, its best possible
+    PSP@5.
+
+    A metric is the mean of its column. PSP, as in the XMC repository, is the sum of its column over
+    the sum of the last one. nan in the columns of metrics that ask for more labels than were
+    predicted.
+    """
+    parts = []
     for start in range(0, len(split), CHUNK):
-        offsets, labels_Bk = split.label_offsets[start : start + CHUNK + 1], labels_Nk[start : start + CHUNK]
-        part = stages.data.Split(split.ids, offsets, split.labels[offsets[0] : offsets[-1]], offsets - offsets[0])
-        hits_Bk, n_B = stages.train.hits(labels_Bk, part), np.diff(offsets)
-        # The five of a document's labels with the most weight: what PSP could win.
-        doc_P = np.repeat(np.arange(len(n_B)), n_B)
-        order = np.lexsort((-weight_L[part.labels], doc_P))
-        best = np.arange(len(order)) - part.label_offsets[doc_P] < 5
-        most_B = np.bincount(doc_P[best], weight_L[part.labels[order]][best], minlength=len(n_B))
-        per_rank = {"P": 1, "R": 1, "nDCG": discount_k[: hits_Bk.shape[1]], "PSP": weight_L[labels_Bk[:, :5]]}
-        over = {"R": np.maximum(n_B, 1), "nDCG": np.append(1, discount_k.cumsum())[np.minimum(n_B, 5)], "PSP": 1}
-        columns = [(hits_Bk[:, :j] * per_rank[name]).sum(axis=1) / over.get(name, j) if j <= hits_Bk.shape[1]
-                   else np.full(len(n_B), np.nan) for name, j in COLUMNS]
-        parts.append(np.stack([*columns, most_B], axis=1)[n_B > 0])
+        offsets = split.label_offsets[start : start + CHUNK + 1]
+        labels = split.labels[offsets[0] : offsets[-1]]
+        chunk = stages.data.Split(split.ids, offsets, labels, offsets - offsets[0])
+        part = contributions_of_chunk(labels_Nk[start : start + CHUNK], chunk, weight_L)
+        has_labels = np.diff(offsets) > 0
+        parts.append(part[has_labels])
     return np.concatenate(parts)
 
 
-def bootstrap(added_NM: np.ndarray, seed: int, resamples: int = 1000) -> np.ndarray:
-    """(R, M) metrics in percent in resamples of the documents, from what the documents add (N, M + 1).
-
-    A resample is how often each document was drawn, N draws in all; its sums are one product with what they add."""
-    rng, n, step, sums = np.random.default_rng(seed), len(added_NM), max(1, CELLS // len(added_NM)), []
-    for r in (min(step, resamples - start) for start in range(0, resamples, step)):
-        drawn_RN = rng.integers(n, size=(r, n)) + n * np.arange(r)[:, None]
-        sums.append(np.bincount(drawn_RN.ravel(), minlength=r * n).reshape(r, n).astype(np.float64) @ added_NM)
-    return percent(np.concatenate(sums), n)
+def contributions_of_chunk(
+    labels_Bk: np.ndarray, chunk: stages.data.Split, weight_L: np.ndarray
+) -> np.ndarray:
+    """(B, Q + 1): the same for a few documents."""
+    hit_Bk = stages.train.hits(labels_Bk, chunk)
+    n_B = np.diff(chunk.label_offsets)
+    k = hit_Bk.shape[1]
+    discount_5 = 1 / np.log2(np.arange(2, 7))
+    best_dcg_by_number = np.append(
+        1, discount_5.cumsum()
+    )  # for 0, 1, ..., 5 labels; 0: anything but 0
+    columns = []
+    for name, j in COLUMNS:
+        if j > k:
+            columns.append(np.full(len(n_B), np.nan))
+            continue
+        hit_Bj = hit_Bk[:, :j]
+        if name == "P":
+            column = hit_Bj.sum(axis=1) / j
+        elif name == "R":
+            column = hit_Bj.sum(axis=1) / np.maximum(n_B, 1)
+        elif name == "nDCG":
+            column = (hit_Bj * discount_5[:j]).sum(axis=1) / best_dcg_by_number[np.minimum(n_B, 5)]
+        else:  # PSP
+            column = (hit_Bj * weight_L[labels_Bk[:, :j]]).sum(axis=1)
+        columns.append(column)
+    best_psp = stages.eval.best_weights(chunk, weight_L, 5).sum(axis=1)
+    return np.stack([*columns, best_psp], axis=1)
 
 
 def percent(sums: np.ndarray, n: int) -> np.ndarray:
-    """(..., M) metrics in percent from sums (..., M + 1) over n documents."""
-    return 100 * sums[..., :-1] / np.where(PSP, sums[..., -1:], n)
+    """(..., Q) metrics in percent from sums (..., Q + 1) over n documents."""
+    best_psp = sums[..., -1:]
+    return 100 * sums[..., :-1] / np.where(IS_PSP, best_psp, n)
+
+
+def bootstrap(added_NQ: np.ndarray, seed: int, resamples: int = 1000) -> np.ndarray:
+    """(R, Q) metrics in percent in resamples of the documents, from what the documents add (N, Q +
+    1).
+
+    A resample is how often each document was drawn, N draws in all. So its sums are one product
+    with what the documents add.
+    """
+    rng = np.random.default_rng(seed)
+    n = len(added_NQ)
+    step = max(1, CELLS // n)  # resamples at a time
+    sums = []
+    for start in range(0, resamples, step):
+        r = min(step, resamples - start)
+        drawn_RN = rng.integers(n, size=(r, n))
+        # Count the draws of all resamples at once: every resample has n numbers of its own.
+        cell_RN = drawn_RN + n * np.arange(r)[:, None]
+        times_RN = np.bincount(cell_RN.ravel(), minlength=r * n).reshape(r, n)
+        sums.append(times_RN.astype(np.float64) @ added_NQ)
+    return percent(np.concatenate(sums), n)
+
+
+# 3. The ensemble.
 
 
 def ensemble(members: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """{"labels" (N, k) int32, "scores" (N, k) float32}: mean scores; k is that of the member with the most."""
-    k, found = max(member["labels"].shape[1] for member in members), {"labels": [], "scores": []}
-    for start in range(0, len(members[0]["labels"]), CHUNK):
-        labels_BK, scores_BK = (np.concatenate([member[key][start : start + CHUNK] for member in members], axis=1)
-                                for key in found)
-        order = labels_BK.argsort(axis=1, kind="stable")  # a label's scores side by side
-        labels_BK, scores_BK = (np.take_along_axis(table, order, axis=1) for table in (labels_BK, scores_BK))
-        first = np.diff(labels_BK, axis=1, prepend=-2) > 0
-        mean_BK = np.zeros(labels_BK.shape)
-        mean_BK[first] = np.add.reduceat(scores_BK.ravel().astype(np.float64), np.flatnonzero(first)) / len(members)
-        mean_BK[~first | (labels_BK < 0)] = -1  # below every score: repeats, and places without a label
-        best = (-mean_BK).argsort(axis=1, kind="stable")[:, :k]
-        mean_Bk, labels_Bk = (np.take_along_axis(table, best, axis=1) for table in (mean_BK, labels_BK))
-        found["labels"].append(np.where(mean_Bk < 0, -1, labels_Bk).astype(np.int32))
-        found["scores"].append(mean_Bk.clip(min=0).astype(np.float32))
-    return {key: np.concatenate(parts) for key, parts in found.items()}
+    """{"labels" (N, k) int32, "scores" (N, k) float32}: mean scores; k is the largest of the members."""
+    k = max(member["labels"].shape[1] for member in members)
+    n_documents = len(members[0]["labels"])
+    labels = []
+    scores = []
+    for start in range(0, n_documents, CHUNK):
+        part = slice(start, start + CHUNK)
+        labels_BM = np.concatenate([member["labels"][part] for member in members], axis=1)
+        scores_BM = np.concatenate([member["scores"][part] for member in members], axis=1)
+        labels_Bk, mean_Bk = mean_scores(labels_BM, scores_BM, len(members), k)
+        labels.append(labels_Bk)
+        scores.append(mean_Bk)
+    return {"labels": np.concatenate(labels), "scores": np.concatenate(scores)}
+
+
+def mean_scores(
+    labels_BM: np.ndarray, scores_BM: np.ndarray, n_members: int, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k best labels of each document by their mean score; every label comes once."""
+    # 1. Sort by label: the scores of one label stand side by side.
+    order = labels_BM.argsort(axis=1, kind="stable")
+    labels_BM = np.take_along_axis(labels_BM, order, axis=1)
+    scores_BM = np.take_along_axis(scores_BM, order, axis=1)
+    is_first_BM = np.diff(labels_BM, axis=1, prepend=-2) > 0
+    # 2. Sum them up, from where a label begins to where the next one begins.
+    sums = np.add.reduceat(scores_BM.ravel().astype(np.float64), np.flatnonzero(is_first_BM))
+    mean_BM = np.zeros(labels_BM.shape)
+    mean_BM[is_first_BM] = sums / n_members
+    # 3. Repeats, and places without a label, go below every score.
+    mean_BM[~is_first_BM | (labels_BM < 0)] = -1
+    # 4. The k best.
+    best = (-mean_BM).argsort(axis=1, kind="stable")[:, :k]
+    mean_Bk = np.take_along_axis(mean_BM, best, axis=1)
+    labels_Bk = np.take_along_axis(labels_BM, best, axis=1)
+    labels_Bk = np.where(mean_Bk < 0, -1, labels_Bk)
+    return labels_Bk.astype(np.int32), mean_Bk.clip(min=0).astype(np.float32)
 
 
 def prepare(config: Config, file: str, n_bytes: int) -> None:
-    """The ensemble's folder with the data in it. UserError where it holds what is no ensemble's."""
-    source, out = Path(config.runs[0]) / "data.npz", Path(config.out)
-    if out.resolve() in [Path(folder).resolve() for folder in config.runs] or (out / "model.pt").exists() or (
-            (out / file).exists() and "members" not in load_npz(out / file)[1]):
-        raise UserError(f"--out {out} holds a model or predictions that are no ensemble's; choose another folder")
+    """The ensemble's folder with the data in it. UserError if it holds what is no ensemble's."""
+    source = Path(config.runs[0]) / "data.npz"
+    out = Path(config.out)
+    is_a_member = out.resolve() in [Path(folder).resolve() for folder in config.runs]
+    has_model = (out / "model.pt").exists()
+    has_others = (out / file).exists() and "members" not in load_npz(out / file)[1]
+    if is_a_member or has_model or has_others:
+        raise UserError(
+            f"--out {out} holds a model or predictions that are no ensemble's; choose another folder"
+        )
     need_space(out, n_bytes + source.stat().st_size)
     if not (out / "data.npz").exists():
         link(source, out / "data.npz")
@@ -146,54 +296,109 @@ def prepare(config: Config, file: str, n_bytes: int) -> None:
         raise UserError(f"{out / 'data.npz'} is not that of {config.runs[0]}; choose another --out")
 
 
+def write_ensemble(config: Config, file: str, members: list[Member]) -> np.ndarray:
+    """Write the ensemble's predictions; its labels (N, k)."""
+    rankings = {member.ranking for member in members}
+    if len(rankings) > 1:
+        print(
+            f"note: the runs are ranked by {', '.join(sorted(rankings))}; their scores mean different things"
+        )
+    prepare(config, file, 2 * max(member.scores_Nk.nbytes for member in members))
+    predictions = [{"labels": member.labels_Nk, "scores": member.scores_Nk} for member in members]
+    arrays = ensemble(predictions)
+    save_npz(
+        Path(config.out) / file,
+        config,
+        arrays,
+        ("data.npz",),
+        stage="tools/compare.py",
+        ranking="ensemble",
+        members=[member.sha256 for member in members],
+    )
+    return arrays["labels"]
+
+
+# 4. What is printed.
+
+
+def difference(added: list[np.ndarray], values: np.ndarray, seed: int) -> dict[str, np.ndarray]:
+    """The rows that compare two runs."""
+    # Sums are linear: the difference is all that is needed. A run minus itself is exactly 0.
+    minus = (added[1] - added[0])[:, :-1]
+    best_psp = added[0][:, -1]
+    drawn = bootstrap(np.column_stack([minus, best_psp]), seed)
+    low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
+    is_better = 50 + 50 * np.sign(drawn.round(9)).mean(axis=0)
+    return {
+        "second - first": values[1] - values[0],
+        "  95% interval: from": low,
+        "  to": high,
+        "  % of resamples: second is better": is_better,
+    }
+
+
+def spread(values: np.ndarray) -> dict[str, np.ndarray]:
+    """The rows that sum up more than two runs."""
+    return {
+        "mean": values.mean(axis=0),
+        "standard deviation": values.std(axis=0, ddof=1),
+        "lowest": values.min(axis=0),
+        "highest": values.max(axis=0),
+    }
+
+
+def print_row(name: str, values: np.ndarray) -> None:
+    """One line of the table; a dash for what is not known."""
+    cells = [f"{'-':>8}" if np.isnan(value) else f"{value:8.2f}" for value in values]
+    print(f"{name:34}" + "".join(cells))
+
+
 def run(config: Config) -> None:
     if len(config.runs) < 2:
         raise UserError(f"{config.runs[0]} is only one run; name two or more")
     if config.ensemble != bool(config.out):
         raise UserError("--ensemble and --out FOLDER go together; give both or none")
-    file = "predictions.npz" if config.split == "test" else f"predictions.{config.split}.npz"
-    members, digests, truths, knowns, weights, added = [], [], [], [], [], []
+    file = stages.eval.file_of(config.split)
+
+    # Look at one run after the other. Only an ensemble needs the predictions of all at once.
+    first = None
+    members = []
+    added = []
     for folder in config.runs:
-        data = stages.data.load(folder)
-        split, train, names = data.splits[config.split], data.splits["train"], data.names
-        truths.append((names, split.labels.tobytes(), split.label_offsets.tobytes()))
-        if truths[-1] != truths[0]:
-            raise UserError(f"{config.runs[0]} and {folder} differ in the labels of {config.split} documents or in "
-                            "their names; make their data.npz from the same corpus")
-        # What is known beforehand is no prediction: one run must not be spared wrong labels that the other is not.
-        pairs = data.known.get(config.split)
-        knowns.append(pairs if pairs is None else (pairs.indices.tobytes(), pairs.indptr.tobytes()))
-        if knowns[-1] != knowns[0]:
-            raise UserError(f"{config.runs[0]} and {folder} differ in what is known beforehand of {config.split} "
-                            "documents (filter files); make their data.npz from the same corpus")
-        weights.append(stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(names)), len(train)))
-        found, sha256 = load_predictions(Path(folder) / file, config.split, len(split), len(names))
-        members += [found] if config.ensemble else []
-        digests.append(sha256)
-        added.append(contributions(found["labels"], split, weights[0]))
-    if not (n := len(added[0])):
-        raise UserError(f"none of the {config.split} documents of {config.runs[0]} has labels; nothing to compare")
+        truth = load_truth(folder, config.split)
+        first = first or truth
+        check_same(first, truth, config.split)
+        member = load_predictions(
+            Path(folder) / file, config.split, len(truth.split), len(truth.names)
+        )
+        added.append(contributions(member.labels_Nk, truth.split, first.weight_L))
+        if config.ensemble:
+            members.append(member)
+    n = len(added[0])
+    if not n:
+        raise UserError(
+            f"none of the {config.split} documents of {config.runs[0]} has labels; nothing to compare"
+        )
     values = np.array([percent(one.sum(axis=0), n) for one in added])
 
     if config.ensemble:
-        prepare(config, file, 2 * max(member["scores"].nbytes for member in members))
-        arrays = ensemble(members)
-        save_npz(Path(config.out) / file, config, arrays, ("data.npz",), stage="tools/compare.py", ranking="ensemble",
-                 members=digests)
-        more = {f"ensemble, {config.out}": percent(contributions(arrays["labels"], split, weights[0]).sum(axis=0), n)}
+        labels_Nk = write_ensemble(config, file, members)
+        of_ensemble = contributions(labels_Nk, first.split, first.weight_L)
+        more = {f"ensemble, {config.out}": percent(of_ensemble.sum(axis=0), n)}
     elif len(values) == 2:
-        # Sums are linear: all that is needed is the difference. That of a run with itself is exactly 0.
-        drawn = bootstrap(np.column_stack([(added[1] - added[0])[:, :-1], added[0][:, -1]]), config.seed)
-        low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
-        more = {"second - first": values[1] - values[0], "  95% interval: from": low, "  to": high,
-                "  % of resamples: second is better": 50 + 50 * np.sign(drawn.round(9)).mean(axis=0)}
+        more = difference(added, values, config.seed)
     else:
-        more = {"mean": values.mean(axis=0), "standard deviation": values.std(axis=0, ddof=1),
-                "lowest": values.min(axis=0), "highest": values.max(axis=0)}
-    print(f"{config.split}: {n:,} documents with labels; {len(split) - n:,} without labels are left out")
+        more = spread(values)
+
+    n_unlabelled = len(first.split) - n
+    print(
+        f"{config.split}: {n:,} documents with labels; {n_unlabelled:,} without labels are left out"
+    )
     print(f"{'%':34}" + "".join(f"{f'{name}@{j}':>8}" for name, j in COLUMNS))
-    for name, values_M in [*zip(config.runs, values, strict=True), *more.items()]:
-        print(f"{name:34}" + "".join(f"{'-':>8}" if np.isnan(value) else f"{value:8.2f}" for value in values_M))
+    for folder, values_Q in zip(config.runs, values, strict=True):
+        print_row(folder, values_Q)
+    for name, values_Q in more.items():
+        print_row(name, values_Q)
 
 
 if __name__ == "__main__":

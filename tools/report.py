@@ -1,12 +1,16 @@
-"""Measure a run more closely than stage 5 does: more ranking metrics, rare labels, F1, coverage and calibration.
+"""Measure a run more closely than stage 5 does: rare labels, F1, coverage and calibration.
 
     python -m tools.report --run runs/demo --at 1,5,20 --propensity 0.6,2.6 --isotonic
 
-Reads    RUN/data.npz, RUN/predictions.npz (test split), RUN/predictions.val.npz (validation split) for what is chosen
-         there: score thresholds and --isotonic; without it they are left out, and said so. Writes nothing.
-         How many right labels the shortlists keep needs the model, and is in what 05_eval.py prints
+Reads    RUN/data.npz, RUN/predictions.npz (test split), and RUN/predictions.val.npz (validation split) for
+         what is chosen there: score thresholds and --isotonic. Without it they are left out, with a
+         word
+Writes   nothing
 
-Shapes   N documents, L labels, k labels predicted, P (document, label) pairs, H right predictions, C classes of labels
+How many correct labels the shortlists keep needs the model: 05_eval.py prints it.
+
+Shapes   N documents, L labels, k labels predicted, P (document, label) pairs, G correct predictions,
+         Q classes of labels by frequency
 """
 
 from dataclasses import dataclass
@@ -20,6 +24,7 @@ from plumbing.stages import load_stages
 from plumbing.store import load_npz
 
 stages = load_stages()
+
 Z2 = 1.959964**2  # of a normal variable, the middle 95%, squared
 CLASSES = ("head, 50 or more", "torso, 5 to 49", "tail, 1 to 4", "unseen, 0")
 
@@ -28,35 +33,80 @@ CLASSES = ("head, 50 or more", "torso, 5 to 49", "tail, 1 to 4", "unseen, 0")
 class Config:
     run: str = flag("runs/demo", "folder of this run's artifacts")
     at: str = flag("1,3,5,10,100", "numbers of labels to measure at")
-    propensity: str = flag("0.55,1.5", "constants A,B of the propensity model")
     isotonic: bool = flag(False, "also the calibration after isotonic regression on validation")
+    propensity: str = flag("0.55,1.5", "constants A,B of the propensity model")
 
 
-def load(path: Path, name: str, data: stages.data.Data) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(N, k) labels and scores, both -1 where there is none, and which are right; UserError where they are unfit."""
+# 1. Reading predictions.
+
+
+def load(
+    path: Path, name: str, data: stages.data.Data
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """(N, k) labels, scores, and which are correct. Labels and scores are -1 where there is none.
+
+    UserError unless they are predictions for the split `name`.
+    """
     arrays, meta = load_npz(path)
-    split, L, of = data.splits[name], len(data.names), meta["config"].get("split")
-    labels, scores = (arrays.get(key, np.empty(0)) for key in ("labels", "scores"))
-    rows, fits = np.sort(labels, axis=-1), labels.ndim == 2 and labels.shape == scores.shape and labels.size
-    if of != name or not fits or len(labels) != len(split) or labels.dtype.kind != "i":
-        wrong = f"{of}: labels {labels.shape} {labels.dtype}, scores {scores.shape}; expected {name}: {len(split)} rows"
-    elif rows.min() < -1 or not -1 < labels[:, 0].max() <= rows.max() < L or (
-            (rows[:, 1:] == rows[:, :-1]) & (rows[:, 1:] >= 0)).any():
-        wrong = f"labels from {rows.min()} to {rows.max()}; expected 0 to {L - 1}, each once for a document, or -1"
-    elif not (scores.min() >= 0 and scores.max() <= 1) or (scores[:, 1:] > scores[:, :-1]).any():
-        wrong = f"scores from {scores.min()} to {scores.max()}; expected probabilities, the best first, 0 for label -1"
-    else:
-        return labels, np.where(labels < 0, -1, scores), hits(labels, split)
-    raise UserError(f"{path} holds {wrong}; write it again with what wrote it")
+    of = meta["config"].get("split")
+    labels = arrays.get("labels", np.empty(0))
+    scores = arrays.get("scores", np.empty(0))
+    wrong = what_is_wrong(labels, scores, of, name, data)
+    if wrong:
+        raise UserError(f"{path} holds {wrong}; write it again with what wrote it")
+    scores = np.where(labels < 0, -1, scores)
+    return labels, scores, hits(labels, data.splits[name])
+
+
+def what_is_wrong(
+    labels: np.ndarray, scores: np.ndarray, of: str, name: str, data: stages.data.Data
+) -> str:
+    """Why these are no predictions of the split `name`; nothing if they are."""
+    n_documents = len(data.splits[name])
+    n_labels = len(data.names)
+    is_table = labels.ndim == 2 and labels.shape == scores.shape and labels.size > 0
+    if of != name or not is_table or len(labels) != n_documents or labels.dtype.kind != "i":
+        return (
+            f"{of}: labels {labels.shape} {labels.dtype}, scores {scores.shape}; "
+            f"expected {name}: {n_documents} rows"
+        )
+    # Within a document every label comes once: sorted, no two neighbours are equal.
+    ascending = np.sort(labels, axis=1)
+    is_repeated = (ascending[:, 1:] == ascending[:, :-1]) & (ascending[:, 1:] >= 0)
+    has_first_label = labels[:, 0].max() > -1
+    if (
+        ascending.min() < -1
+        or ascending.max() >= n_labels
+        or not has_first_label
+        or is_repeated.any()
+    ):
+        return (
+            f"labels from {ascending.min()} to {ascending.max()}; "
+            f"expected 0 to {n_labels - 1}, each once for a document, or -1"
+        )
+    are_probabilities = scores.min() >= 0 and scores.max() <= 1
+    is_rising = scores[:, 1:] > scores[:, :-1]
+    if not are_probabilities or is_rising.any():
+        return (
+            f"scores from {scores.min()} to {scores.max()}; "
+            "expected probabilities, the best first, 0 for label -1"
+        )
+    return ""
 
 
 def hits(labels_Nk: np.ndarray, split: stages.data.Split) -> np.ndarray:
-    """(N, k) bool: which predicted labels are right. As in stage 4; quicker where k is large."""
-    right_Nk, n_N = np.zeros(labels_Nk.shape, bool), np.diff(split.label_offsets)
+    """(N, k) bool: which predicted labels are correct. As in stage 4; quicker where k is large."""
+    correct_Nk = np.zeros(labels_Nk.shape, bool)
+    n_N = np.diff(split.label_offsets)
     doc_P = np.repeat(np.arange(len(n_N)), n_N)
     for j, label_N in enumerate(labels_Nk.T):
-        right_Nk[doc_P[np.repeat(label_N, n_N) == split.labels], j] = True
-    return right_Nk
+        predicted_P = np.repeat(label_N, n_N)
+        is_hit_P = predicted_P == split.labels
+        correct_Nk[doc_P[is_hit_P], j] = True
+    return correct_Nk
+
+
+# 2. Metrics by the frequency of labels.
 
 
 def frequency_class(count_L: np.ndarray) -> np.ndarray:
@@ -65,137 +115,303 @@ def frequency_class(count_L: np.ndarray) -> np.ndarray:
 
 
 @np.errstate(invalid="ignore")  # 0 / 0 is nan, printed as a dash
-def by_frequency(labels_Nk: np.ndarray, right_Nk: np.ndarray, split: stages.data.Split, weight_L: np.ndarray,
-                 class_L: np.ndarray, n_classes: int = len(CLASSES)) -> dict[str, np.ndarray]:
-    """{"P", "nDCG", "PSP", "PSnDCG", "R", "RP"}: (C, k), at j in column j - 1, in percent, over documents with labels.
+def by_frequency(
+    labels_Nk: np.ndarray,
+    correct_Nk: np.ndarray,
+    split: stages.data.Split,
+    weight_L: np.ndarray,
+    class_L: np.ndarray,
+    n_classes: int = len(CLASSES),
+) -> dict[str, np.ndarray]:
+    """{"P", "nDCG", "PSP", "PSnDCG", "R", "RP"}: (Q, k), at j in column j - 1, in percent.
 
-    R: of the labels of the class, over the documents that have some. The others: what its right predictions contribute;
-    the classes add up to the metric of all labels. PSnDCG: DCG with weights over the document's best without, summed
-    over the documents, over the same of the best ranking, as in the XMC repository's scripts (pyxclib)."""
-    n_N, k = np.diff(split.label_offsets), labels_Nk.shape[1]
-    documents, rank_k = (n_N > 0).sum(), np.arange(1, k + 1)
-    discount_k, smaller_kk = 1 / np.log2(rank_k + 1), np.minimum(rank_k[:, None], rank_k)
+    All are over documents with labels. R is of the labels of a class, over the documents that have
+    some. The others say what the correct predictions of a class contribute: the classes add up to
+    the metric of all labels. PSnDCG is the DCG with weights over the document's best without,
+    summed over the documents, over the same sum of the best ranking, as in the XMC repository's
+    scripts (pyxclib).
+    """
+    n_N = np.diff(split.label_offsets)
+    n_documents = (n_N > 0).sum()
+    k = labels_Nk.shape[1]
+    rank_k = np.arange(1, k + 1)
+    discount_k = 1 / np.log2(rank_k + 1)
+    # For a document with n labels, at rank j: the smaller of the two, and the best possible DCG.
+    smaller_kk = np.minimum(rank_k[:, None], rank_k)
     ideal_kk = discount_k.cumsum()[smaller_kk - 1]
 
-    def total(doc_H, place_H, label_H, gain_H=None, norm_kk=1):  # (C, k): gains / norm_kk[its labels - 1, j - 1]
-        row_H = class_L[label_H] * k + np.minimum(n_N[doc_H], k) - 1  # for j <= k, more than k labels are as k
-        gain = np.bincount(row_H * k + place_H, gain_H, n_classes * k * k).reshape(n_classes, k, k)
-        return 100 * (gain.cumsum(axis=2) / norm_kk).sum(axis=1)
+    def total(
+        doc_G: np.ndarray,
+        place_G: np.ndarray,
+        label_G: np.ndarray,
+        gain_G: np.ndarray | None = None,
+        norm_kk: np.ndarray | int = 1,
+    ) -> np.ndarray:
+        """(Q, k): the gains of predictions at rank <= j, summed per class, in percent.
 
-    doc, place = np.nonzero(right_Nk)
-    right, weight = (doc, place, labels_Nk[doc, place]), weight_L[labels_Nk[doc, place]]
+        Before the sum over documents, a gain is divided by norm_kk[labels of its document - 1, j -
+        1].
+        """
+        # Gains by class, by the number of labels of the document (more than k count as k), and by
+        # rank.
+        n_labels_G = np.minimum(n_N[doc_G], k)
+        row_G = class_L[label_G] * k + n_labels_G - 1
+        cell_G = row_G * k + place_G
+        gain = np.bincount(cell_G, gain_G, n_classes * k * k).reshape(n_classes, k, k)
+        up_to_rank = gain.cumsum(axis=2)
+        return 100 * (up_to_rank / norm_kk).sum(axis=1)
+
+    # The correct predictions: document, place in the ranking, label.
+    doc_G, place_G = np.nonzero(correct_Nk)
+    label_G = labels_Nk[doc_G, place_G]
+    weight_G = weight_L[label_G]
+    found = (doc_G, place_G, label_G)
+
+    # The best possible ranking: each document's labels by falling weight.
     doc_P, place_P, _ = stages.data.flatten(split.label_offsets[:-1], n_N)
-    order = np.lexsort((-weight_L[split.labels], doc_P))  # the best ranking: each document's labels by falling weight
-    best = tuple(array_P[place_P < k] for array_P in (doc_P, place_P, split.labels[order]))
-    best_PSDCG = total(*best, weight_L[best[2]] * discount_k[best[1]], ideal_kk).sum(axis=0)
-    n_NC = split.label_matrix(len(class_L)) @ np.eye(n_classes)[class_L]
+    order_P = np.lexsort((-weight_L[split.labels], doc_P))
+    is_first_P = place_P < k
+    best = (doc_P[is_first_P], place_P[is_first_P], split.labels[order_P][is_first_P])
+    best_weight = weight_L[best[2]]
+    best_psp_k = total(*best, best_weight).sum(axis=0)
+    best_psdcg_k = total(*best, best_weight * discount_k[best[1]], ideal_kk).sum(axis=0)
+
+    # How many labels of each class does a document have?
+    class_LQ = np.eye(n_classes)[class_L]
+    n_NQ = split.label_matrix(len(class_L)) @ class_LQ
+    share_G = 1 / n_NQ[doc_G, class_L[label_G]]
+    has_class_Q = (n_NQ > 0).sum(axis=0)
     return {
-        "P": total(*right, None, rank_k) / documents,
-        "nDCG": total(*right, discount_k[place], ideal_kk) / documents,
-        "PSP": 100 * total(*right, weight) / total(*best, weight_L[best[2]]).sum(axis=0),
-        "PSnDCG": 100 * total(*right, weight * discount_k[place], ideal_kk) / best_PSDCG,
-        "R": total(*right, 1 / n_NC[doc, class_L[right[2]]]) / (n_NC > 0).sum(axis=0)[:, None],
-        "RP": total(*right, None, smaller_kk) / documents,
+        "P": total(*found, None, rank_k) / n_documents,
+        "nDCG": total(*found, discount_k[place_G], ideal_kk) / n_documents,
+        "PSP": 100 * total(*found, weight_G) / best_psp_k,
+        "PSnDCG": 100 * total(*found, weight_G * discount_k[place_G], ideal_kk) / best_psdcg_k,
+        "R": total(*found, share_G) / has_class_Q[:, None],
+        "RP": total(*found, None, smaller_kk) / n_documents,
     }
 
 
-def f1_at_k(labels_Nk: np.ndarray, scores_Nk: np.ndarray, right_Nk: np.ndarray, true_L: np.ndarray, k: int,
-            threshold: float = 0.0) -> tuple[float, float]:
-    """(micro, macro) F1 in percent of the first k labels with at least that score; macro: labels true or predicted."""
-    chosen_Nk, labels_Nk = scores_Nk[:, :k] >= threshold, labels_Nk[:, :k]
-    right_L = np.bincount(labels_Nk[chosen_Nk & right_Nk[:, :k]], minlength=len(true_L))
-    both_L = true_L + np.bincount(labels_Nk[chosen_Nk], minlength=len(true_L))
-    return 200 * right_L.sum() / both_L.sum(), 200 * (right_L / both_L.clip(1)).sum() / (both_L > 0).sum()
+# 3. Scores: thresholds, coverage, calibration.
 
 
-def best_threshold(scores_Nk: np.ndarray, right_Nk: np.ndarray, n_pairs: int) -> float:
-    """The score threshold with the best micro F1; inf when nothing is right."""
-    right, chosen = np.sort(scores_Nk[right_Nk]), np.sort(scores_Nk[scores_Nk >= 0])
-    n_right, n_chosen = (len(score) - np.searchsorted(score, right) for score in (right, chosen))
-    f1_H = n_right / (n_chosen + n_pairs)  # at right predictions: between two there are only wrong ones to add
-    return right[f1_H.argmax()] if len(right) else np.inf
+def f1_at_k(
+    labels_Nk: np.ndarray,
+    scores_Nk: np.ndarray,
+    correct_Nk: np.ndarray,
+    true_L: np.ndarray,
+    k: int,
+    threshold: float = 0.0,
+) -> tuple[float, float]:
+    """(micro, macro) F1 in percent of the first k labels that have at least that score.
+
+    F1 = 2 x correct / (true + predicted). Micro: of all pairs together. Macro: the mean over the
+    labels that are true or predicted somewhere.
+    """
+    labels_Nk = labels_Nk[:, :k]
+    is_chosen_Nk = scores_Nk[:, :k] >= threshold
+    is_right_Nk = is_chosen_Nk & correct_Nk[:, :k]
+    right_L = np.bincount(labels_Nk[is_right_Nk], minlength=len(true_L))
+    predicted_L = np.bincount(labels_Nk[is_chosen_Nk], minlength=len(true_L))
+    both_L = true_L + predicted_L
+    micro = 200 * right_L.sum() / both_L.sum()
+    macro = 200 * (right_L / both_L.clip(1)).sum() / (both_L > 0).sum()
+    return micro, macro
 
 
-def precision_coverage(scores: np.ndarray, right: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(coverage, precision), shares, at each distinct score as a threshold, the highest first; -1 is never covered."""
+def best_threshold(scores_Nk: np.ndarray, correct_Nk: np.ndarray, n_pairs: int) -> float:
+    """The score threshold with the best micro F1; inf when nothing is correct.
+
+    It is the score of a correct prediction: between two of them there are only wrong ones to add.
+    """
+    right_G = np.sort(scores_Nk[correct_Nk])
+    if not len(right_G):
+        return np.inf
+    chosen = np.sort(scores_Nk[scores_Nk >= 0])
+    n_right_G = len(right_G) - np.searchsorted(right_G, right_G)
+    n_chosen_G = len(chosen) - np.searchsorted(chosen, right_G)
+    f1_G = n_right_G / (n_chosen_G + n_pairs)
+    return right_G[f1_G.argmax()]
+
+
+def precision_coverage(scores: np.ndarray, correct: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(coverage, precision), shares, at each distinct score as a threshold, the highest first.
+
+    Coverage is the share of documents with at least that score. A score of -1 is never covered.
+    """
     order = np.argsort(-scores, kind="stable")
-    n = np.flatnonzero(np.diff(scores[order], append=-1) < 0) + 1  # equal scores are covered together
-    return n / len(scores), right[order].cumsum()[n - 1] / n
+    # Equal scores are covered together: look only where the next score is lower.
+    is_last = np.diff(scores[order], append=-1) < 0
+    n = np.flatnonzero(is_last) + 1
+    n_correct = correct[order].cumsum()[n - 1]
+    return n / len(scores), n_correct / n
 
 
-def coverage(scores: np.ndarray, right: np.ndarray, precision: float) -> tuple[float, float]:
-    """(threshold, coverage): the largest coverage with at least that precision; (inf, 0) when there is none."""
-    covered, reached = precision_coverage(scores, right)
+def coverage(scores: np.ndarray, correct: np.ndarray, precision: float) -> tuple[float, float]:
+    """(threshold, coverage): the largest coverage with at least that precision; (inf, 0) if none."""
+    covered, reached = precision_coverage(scores, correct)
     share = covered[reached >= precision].max(initial=0)
-    return (np.sort(scores)[-round(share * len(scores))], share) if share else (np.inf, 0.0)
+    if not share:
+        return np.inf, 0.0
+    n_covered = round(share * len(scores))
+    return np.sort(scores)[-n_covered], share
 
 
-def reliability(scores: np.ndarray, right: np.ndarray, bins: int = 15) -> tuple[np.ndarray, ...]:
-    """(low, high, n, mean score, share right) of bins of about equal n; equal scores share a bin, -1 is in none."""
-    order = np.argsort(scores, kind="stable")[(scores < 0).sum() :]
-    s, r, n = scores[order].astype(float), right[order].astype(float), len(order)
-    start = np.unique(np.searchsorted(s, s[np.arange(bins) * n // bins]))
+def reliability(scores: np.ndarray, correct: np.ndarray, bins: int = 15) -> tuple[np.ndarray, ...]:
+    """(low, high, n, mean score, share correct) of bins of about equal n.
+
+    Equal scores share a bin, and a score of -1 is in none.
+    """
+    n_none = (scores < 0).sum()
+    order = np.argsort(scores, kind="stable")[n_none:]
+    score = scores[order].astype(float)
+    is_correct = correct[order].astype(float)
+    n = len(order)
+    first_of_bin = score[np.arange(bins) * n // bins]
+    start = np.unique(np.searchsorted(score, first_of_bin))
     size = np.diff(start, append=n)
-    return s[start], s[start + size - 1], size, np.add.reduceat(s, start) / size, np.add.reduceat(r, start) / size
+    mean_score = np.add.reduceat(score, start) / size
+    share_correct = np.add.reduceat(is_correct, start) / size
+    return score[start], score[start + size - 1], size, mean_score, share_correct
 
 
-def calibration(scores: np.ndarray, right: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error in percent: |mean score - share right| of a bin, weighted by n."""
-    _, _, n, score, share = reliability(scores, right, bins)
+def calibration(scores: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
+    """Expected calibration error in percent: |mean score - share correct| of a bin, weighted by n."""
+    _, _, n, score, share = reliability(scores, correct, bins)
     return 100 * np.average(abs(score - share), weights=n)
 
 
-def isotonic(scores: np.ndarray, right: np.ndarray, new: np.ndarray) -> np.ndarray:
-    """The scores `new`, calibrated by isotonic regression of `right` on `scores`, linear between them; -1 stays."""
+def isotonic(scores: np.ndarray, correct: np.ndarray, new: np.ndarray) -> np.ndarray:
+    """The scores `new`, calibrated by isotonic regression of `correct` on `scores`; -1 stays.
+
+    The regression finds the rising function from scores to shares that fits best. Between the
+    scores it is linear.
+    """
     from scipy.optimize import isotonic_regression  # slow to import, and seldom needed
 
-    x, inverse, n = np.unique(scores[scores >= 0], return_inverse=True, return_counts=True)
-    y = isotonic_regression(np.bincount(inverse, right[scores >= 0]) / n, weights=n).x
+    is_label = scores >= 0
+    x, place, n = np.unique(scores[is_label], return_inverse=True, return_counts=True)
+    share = np.bincount(place, correct[is_label]) / n
+    y = isotonic_regression(share, weights=n).x
     return np.where(new < 0, -1, np.interp(new, x, y))
 
 
-def run(config: Config) -> None:
-    at, folder, data = int_list(config.at, "--at"), Path(config.run), stages.data.load(config.run)
-    a, b = pair(config.propensity, "--propensity")
-    files = {"test": folder / "predictions.npz", "val": folder / "predictions.val.npz"}
-    found = {s: load(path, s, data) for s, path in files.items() if s == "test" or path.exists()}
-    top = {(s, j): [array[:, :j].ravel() for array in part[1:]] for s, part in found.items() for j in (1, 5)}
-    split, train, (labels, scores, right) = data.splits["test"], data.splits["train"], found["test"]
-    count_L, true_L = (np.bincount(part.labels, minlength=len(data.names)) for part in (train, split))
-    weight_L, class_L = stages.eval.inverse_propensity(count_L, len(train), a, b), frequency_class(count_L)
-    columns, none = np.array(at) - 1, np.full((len(CLASSES), 1 + max(at)), np.nan)  # behind a metric: what is not known
-    def row(name: str, cells, form: str = "9.1f") -> None:  # a header begins with a new line, which takes no room
-        print(f"{name:{58 + (name < ' ')}}" + "".join(f"{c:{form}}" for c in cells).replace("nan", "  -"))
+def wilson(share: float, n: int) -> tuple[float, float]:
+    """The 95% interval of a share of n (Wilson's)."""
+    middle = (n * share + Z2 / 2) / (n + Z2)
+    half = np.sqrt(Z2 * (n * share * (1 - share) + Z2 / 4)) / (n + Z2)
+    return middle - half, middle + half
 
-    print(f"{len(split):,} test documents, {(np.diff(split.label_offsets) < 1).sum():,} without labels, not in P to RP")
-    row(f"%; PS: propensities with A,B = {a:g},{b:g}", [f"@{j}" for j in at], ">9")
-    for name, value_Ck in by_frequency(labels, right, split, weight_L, np.zeros_like(class_L), 1).items():
-        row(name, np.append(value_Ck[0], none[0])[columns])
-    for name, value_Ck in by_frequency(labels, right, split, weight_L, class_L).items():
-        for c, cells in enumerate(np.append(value_Ck, none, axis=1)[:, columns]):
-            row(f"{name:7}{CLASSES[c]:17}{(class_L == c).sum():9,} labels{true_L[class_L == c].sum():10,} pairs", cells)
-    print("R: of the labels of the class; the others: what its right predictions contribute, adding up to the metric")
-    row("\nF1 of all documents, %; macro: of labels true or predicted", ["micro", "macro"], ">9")
+
+# 4. What is printed.
+
+
+def print_row(name: str, cells, form: str = "9.1f") -> None:
+    """One line of a table. A header's name begins with a new line, which takes no room."""
+    width = 59 if name.startswith("\n") else 58
+    text = "".join(f"{cell:{form}}" for cell in cells)
+    print(f"{name:{width}}" + text.replace("nan", "  -"))
+
+
+def print_metrics(config: Config, data: stages.data.Data, found: tuple, at: list[int]) -> None:
+    """All metrics, of all labels and of the classes of frequency."""
+    split = data.splits["test"]
+    train = data.splits["train"]
+    labels, _, correct = found
+    a, b = pair(config.propensity, "--propensity")
+    count_L = np.bincount(train.labels, minlength=len(data.names))
+    true_L = np.bincount(split.labels, minlength=len(data.names))
+    weight_L = stages.eval.inverse_propensity(count_L, len(train), a, b)
+    class_L = frequency_class(count_L)
+    columns = np.array(at) - 1
+
+    def cells(value_k: np.ndarray) -> np.ndarray:
+        """The columns asked for; nan behind the last label that was predicted."""
+        unknown = np.full(1 + max(at), np.nan)
+        return np.append(value_k, unknown)[columns]
+
+    n_unlabelled = (np.diff(split.label_offsets) < 1).sum()
+    print(f"{len(split):,} test documents, {n_unlabelled:,} without labels, not in P to RP")
+    print_row(f"%; PS: propensities with A,B = {a:g},{b:g}", [f"@{j}" for j in at], ">9")
+    one_class_L = np.zeros_like(class_L)
+    for name, value_Qk in by_frequency(labels, correct, split, weight_L, one_class_L, 1).items():
+        print_row(name, cells(value_Qk[0]))
+    for name, value_Qk in by_frequency(labels, correct, split, weight_L, class_L).items():
+        for q, value_k in enumerate(value_Qk):
+            n_labels = (class_L == q).sum()
+            n_pairs = true_L[class_L == q].sum()
+            title = f"{name:7}{CLASSES[q]:17}{n_labels:9,} labels{n_pairs:10,} pairs"
+            print_row(title, cells(value_k))
+    print(
+        "R: of the labels of the class; the others: what its right predictions contribute, "
+        "adding up to the metric"
+    )
+
+
+def print_scores(data: stages.data.Data, found: tuple) -> None:
+    """F1 of the first few labels, and how far the scores are from probabilities."""
+    labels, scores, correct = found
+    true_L = np.bincount(data.splits["test"].labels, minlength=len(data.names))
+    print_row(
+        "\nF1 of all documents, %; macro: of labels true or predicted", ["micro", "macro"], ">9"
+    )
     for j in range(1, min(6, labels.shape[1] + 1), 2):
-        row(f"the first {j}", f1_at_k(*found["test"], true_L, j))
-    row("\nECE, %, 15 bins of about equal size, at 1 and 5", [calibration(*top["test", j]) for j in (1, 5)])
-    row("\nfirst predictions, %: reliability", ["score", "right"], ">9")
-    for low, high, n, *shares in zip(*reliability(*top["test", 1]), strict=True):
-        row(f"{n:9,} with a score from {low:.4f} to {high:.4f}", [100 * share for share in shares])
-    if "val" not in found:
-        print(f"\nno {files['val']}: nothing chosen on validation; run: python 05_eval.py --run {folder} --split val")
-        return
-    t = best_threshold(*found["val"][1:], len(data.splits["val"].labels))
-    row(f"\nF1, scores of at least {t:.4g}: best on validation", f1_at_k(*found["test"], true_L, labels.shape[1], t))
-    row("\nfirst predictions, %: coverage", ["val", "test", "right", "95% from", "to", "oracle"], ">9")
+        print_row(f"the first {j}", f1_at_k(labels, scores, correct, true_L, j))
+    errors = [calibration(scores[:, :j].ravel(), correct[:, :j].ravel()) for j in (1, 5)]
+    print_row("\nECE, %, 15 bins of about equal size, at 1 and 5", errors)
+    print_row("\nfirst predictions, %: reliability", ["score", "right"], ">9")
+    bins = reliability(scores[:, 0], correct[:, 0])
+    for low, high, n, score, share in zip(*bins, strict=True):
+        print_row(f"{n:9,} with a score from {low:.4f} to {high:.4f}", [100 * score, 100 * share])
+
+
+def print_chosen(config: Config, data: stages.data.Data, test: tuple, val: tuple) -> None:
+    """What is chosen on validation and then measured on test: thresholds, and isotonic regression."""
+    labels, scores, correct = test
+    _, val_scores, val_correct = val
+    true_L = np.bincount(data.splits["test"].labels, minlength=len(data.names))
+    n_pairs = len(data.splits["val"].labels)
+
+    threshold = best_threshold(val_scores, val_correct, n_pairs)
+    f1 = f1_at_k(labels, scores, correct, true_L, labels.shape[1], threshold)
+    print_row(f"\nF1, scores of at least {threshold:.4g}: best on validation", f1)
+
+    header = ["val", "test", "right", "95% from", "to", "oracle"]
+    print_row("\nfirst predictions, %: coverage", header, ">9")
     for target in (0.95, 0.9):
-        t, share = coverage(*top["val", 1], target)
-        n, p = (above := scores[:, 0] >= t).sum(), right[above, 0].mean() if above.any() else np.nan
-        middle, half = (n * p + Z2 / 2) / (n + Z2), np.sqrt(Z2 * (n * p * (1 - p) + Z2 / 4)) / (n + Z2)  # Wilson's
-        cells = share, n / len(split), p, middle - half, middle + half, coverage(*top["test", 1], target)[1]
-        row(f"{100 * target:.0f} right on validation: scores of at least {t:.4g}", [100 * cell for cell in cells])
-    for j in (1, 5) if config.isotonic else ():
-        row(f"ECE@{j} after isotonic", [calibration(isotonic(*top["val", j], top["test", j][0]), top["test", j][1])])
+        threshold, val_share = coverage(val_scores[:, 0], val_correct[:, 0], target)
+        is_covered = scores[:, 0] >= threshold
+        n = is_covered.sum()
+        share_correct = correct[is_covered, 0].mean() if n else np.nan
+        low, high = wilson(share_correct, n)
+        _, oracle = coverage(scores[:, 0], correct[:, 0], target)
+        cells = [val_share, n / len(scores), share_correct, low, high, oracle]
+        title = f"{100 * target:.0f} right on validation: scores of at least {threshold:.4g}"
+        print_row(title, [100 * cell for cell in cells])
+
+    if config.isotonic:
+        for j in (1, 5):
+            new = scores[:, :j].ravel()
+            calibrated = isotonic(val_scores[:, :j].ravel(), val_correct[:, :j].ravel(), new)
+            print_row(f"ECE@{j} after isotonic", [calibration(calibrated, correct[:, :j].ravel())])
+
+
+def run(config: Config) -> None:
+    at = int_list(config.at, "--at")
+    pair(config.propensity, "--propensity")
+    folder = Path(config.run)
+    data = stages.data.load(config.run)
+    test = load(folder / "predictions.npz", "test", data)
+    val_file = folder / "predictions.val.npz"
+    val = load(val_file, "val", data) if val_file.exists() else None
+    print_metrics(config, data, test, at)
+    print_scores(data, test)
+    if val is None:
+        print(
+            f"\nno {val_file}: nothing chosen on validation; "
+            f"run: python 05_eval.py --run {folder} --split val"
+        )
+        return
+    print_chosen(config, data, test, val)
 
 
 if __name__ == "__main__":

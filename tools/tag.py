@@ -4,17 +4,20 @@
     python -m tools.tag --run runs/demo --input new.jsonl --output tags.jsonl
     cat new.jsonl | python -m tools.tag --run runs/demo --input - > tags.jsonl
 
-Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt, and --input: UTF-8, a JSON object a line, {"text": "...", ...}
-Writes   --output, for each of these a line in the same order, {..., "labels": [{"name": "...", "score": 0.93}, ...]}:
-         all keys but "text" as they were ("labels", if there is one, is replaced), the best label first
+Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt, and --input: UTF-8, a JSON object a line,
+         {"text": "...", ...}
+Writes   --output, for each of these a line in the same order, the best label first:
+         {..., "labels": [{"name": "...", "score": 0.93}, ...]}
+         All keys but "text" stay as they were; "labels", if there is one, is replaced.
 
-A text is cut into tokens as stage 1 did it, with its --max-tokens, and to the model's --max-len; the labels are ranked
-as validation chose; a score is a probability under that ranking. --batch-size lines are read, tagged and written at a
-time: with 1, every line is answered at once. A line that is no such object is reported with its number and passed over;
-nothing is written for it. All messages go to stderr.
+A text is cut into tokens as stage 1 did it, with its --max-tokens, and to the model's --max-len.
+The labels are ranked as validation chose, and a score is a probability under that ranking.
+--batch-size lines are read, tagged and written at a time: with 1, every line is answered at once. A
+line that is no such object is reported with its number and passed over; nothing is written for it.
+All messages go to stderr.
 
-Exit code 0: every line was tagged; 1: some were passed over, or nobody read the output any more; 2: an error. Left out
-here: files that are compressed, and more than one model.
+Exit code 0: every line was tagged. 1: some were passed over, or nobody read the output any more. 2:
+an error. Left out here: files that are compressed, and more than one model.
 """
 
 import contextlib
@@ -39,6 +42,8 @@ from plumbing.stages import load_stages
 
 stages = load_stages()
 
+Tags = list[dict[str, str | float]]  # the labels of a text: name and score, the best first
+
 
 def probability(text: str) -> float:
     """A flag's number from 0 to 1."""
@@ -58,51 +63,70 @@ class Config:
     batch_size: int = flag(64, "lines that are read, tagged and written at a time", positive)
 
 
-Tags = list[dict[str, str | float]]
+# 1. Texts to labels.
 
 
 def tagger(config: Config) -> Callable[[list[str]], list[Tags]]:
-    """A function from texts to the labels of each, best first. UserError when the run's artifacts are not in order."""
+    """A function from texts to the labels of each. UserError when the run is not in order."""
     data = stages.data.load(config.run)
     model, trained, ranking = stages.train.load(config.run, data)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     data = data._replace(splits={})  # the corpus is not needed any more
-    tokenizer, most = Tokenizer.from_buffer(data.tokenizer), data.meta["config"]["max_tokens"]
+    tokenizer = Tokenizer.from_buffer(data.tokenizer)
+    max_tokens = data.meta["config"]["max_tokens"]
 
     def predict(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
         labels_Bk, scores_Bk = model.predict(batch, k, ranking)
         return {"labels": labels_Bk.cpu().numpy(), "scores": scores_Bk.exp().cpu().numpy()}
 
     def tag(texts: list[str]) -> list[Tags]:
-        batch = data._replace(splits={"new": documents(texts, tokenizer, most)})
-        found = stages.train.predict_split(model, batch, "new", trained.max_len, config.batch_size, predict, config.k)
-        # A float32 has about 7 digits: as text, and back, it has no others.
-        return [[{"name": data.names[label], "score": float(str(score))}
-                 for label, score in zip(*row, strict=True) if label >= 0 and score >= config.threshold]
-                for row in zip(found["labels"], found["scores"], strict=True)]
+        # The texts become a split, so that prediction is the one of stage 4.
+        split = documents(texts, tokenizer, max_tokens)
+        batch = data._replace(splits={"new": split})
+        found = stages.train.predict_split(
+            model, batch, "new", trained.max_len, config.batch_size, predict, config.k
+        )
+        tags = []
+        for labels, scores in zip(found["labels"], found["scores"], strict=True):
+            tags.append(tags_of(labels, scores))
+        return tags
+
+    def tags_of(labels: np.ndarray, scores: np.ndarray) -> Tags:
+        tags = []
+        for label, score in zip(labels, scores, strict=True):
+            if label >= 0 and score >= config.threshold:
+                # A float32 has about 7 digits. By way of its text it gets no others.
+                tags.append({"name": data.names[label], "score": float(str(score))})
+        return tags
 
     return tag
 
 
-def documents(texts: list[str], tokenizer: Tokenizer, most: int) -> stages.data.Split:
-    """The texts as documents without labels, with the token ids that stage 1 would give them: at most `most` each."""
-    tokenizer.no_truncation()  # a tokeniser may have settings of its own; stage 1 does without them
+def documents(texts: list[str], tokenizer: Tokenizer, max_tokens: int) -> stages.data.Split:
+    """The texts as documents without labels, with the token ids that stage 1 would give them."""
+    tokenizer.no_truncation()  # a tokeniser may have settings of its own; stage 1 does without
     tokenizer.no_padding()
-    encodings = tokenizer.encode_batch_fast([encodable(text) for text in texts], add_special_tokens=False)
-    rows = [encoding.ids[:most] for encoding in encodings]
-    ids, ends = np.fromiter(chain.from_iterable(rows), np.int64), np.cumsum([0] + [len(row) for row in rows])
-    return stages.data.Split(ids, ends, np.zeros(0, np.int32), np.zeros_like(ends))
+    clean = [encodable(text) for text in texts]
+    encodings = tokenizer.encode_batch_fast(clean, add_special_tokens=False)
+    rows = [encoding.ids[:max_tokens] for encoding in encodings]
+    ids = np.fromiter(chain.from_iterable(rows), np.int64)
+    offsets = np.cumsum([0] + [len(row) for row in rows])
+    no_labels = np.zeros(0, np.int32)
+    return stages.data.Split(ids, offsets, no_labels, np.zeros_like(offsets))
+
+
+# 2. Lines in, lines out.
 
 
 def finite(text: str) -> float:
-    """A number for json.loads, which would also read NaN and infinities, and could not write them as JSON again."""
+    """A number for json.loads. NaN and infinities, which it reads too, are no JSON."""
     if not math.isfinite(float(text)):
         raise ValueError(f"{text} is no finite number")
     return float(text)
 
 
 def read(file: BinaryIO, complain: Callable[[int, str], None]) -> Iterator[dict]:
-    """Yield the objects of JSON lines that have a text; complain(line number, reason) of each of the others."""
+    """Yield the objects of JSON lines that have a text; complain(line number, reason) of others."""
     number = 0
     while line := file.readline(LONGEST):
         number += 1
@@ -121,51 +145,80 @@ def read(file: BinaryIO, complain: Callable[[int, str], None]) -> Iterator[dict]
 
 
 def opened(path: str, mode: str, flag: str) -> contextlib.AbstractContextManager[BinaryIO]:
-    """A file, or with - standard input or output, which stays open. UserError where that cannot be."""
+    """A file; with - standard input or output, which stays open. UserError if it cannot be opened."""
     if path == "-":
         return contextlib.nullcontext(sys.stdin.buffer if mode == "rb" else sys.stdout.buffer)
     try:
         return open(path, mode)
     except (OSError, ValueError) as error:  # a name with a NUL is a ValueError
-        raise UserError(f"{flag} {path} cannot be opened ({error}); name another file, or - for a pipe") from None
+        raise UserError(
+            f"{flag} {path} cannot be opened ({error}); name another file, or - for a pipe"
+        ) from None
 
 
 def run(config: Config) -> int:
     """The exit code: 1 when lines were passed over, else 0."""
     if (config.text is None) == (config.input is None):
-        raise UserError("give either --text with a text, or --input with a file of JSON lines (- for standard input)")
+        raise UserError(
+            "give either --text with a text, or --input with a file of JSON lines "
+            "(- for standard input)"
+        )
     if config.text is not None:
-        found = tagger(config)([config.text])[0]
-        print("\n".join(f"{tag['score']:.3f} {tag['name']}" for tag in found)
-              or f"none of the {config.k} best labels has a score of at least {config.threshold}")
+        tag_one(config)
         return 0
-    if config.output != "-" and Path(config.output).exists() and Path(config.input).exists() and (
-            Path(config.output).samefile(config.input)):
+    return tag_lines(config)
+
+
+def tag_one(config: Config) -> None:
+    """Print the labels of --text."""
+    tag = tagger(config)
+    tags = tag([config.text])[0]
+    for found in tags:
+        print(f"{found['score']:.3f} {found['name']}")
+    if not tags:
+        print(f"none of the {config.k} best labels has a score of at least {config.threshold}")
+
+
+def tag_lines(config: Config) -> int:
+    """Tag the lines of --input; the exit code."""
+    same_file = (
+        config.output != "-"
+        and Path(config.output).exists()
+        and Path(config.input).exists()
+        and Path(config.output).samefile(config.input)
+    )
+    if same_file:
         raise UserError(f"--output {config.output} is the input; name another file")
-    tagged, passed_over = 0, 0
+    n_tagged = 0
+    n_passed_over = 0
 
     def complain(number: int, reason: str) -> None:
-        nonlocal passed_over
-        passed_over += 1
+        nonlocal n_passed_over
+        n_passed_over += 1
         print(f"tag.py: line {number} passed over: {reason}", file=sys.stderr)
 
     with opened(config.input, "rb", "--input") as source:
-        tag, rows = tagger(config), read(source, complain)
+        tag = tagger(config)
+        rows = read(source, complain)
         with opened(config.output, "wb", "--output") as out:
             while chunk := list(islice(rows, config.batch_size)):
-                for row, labels in zip(chunk, tag([row.pop("text") for row in chunk]), strict=True):
-                    out.write(json.dumps({**row, "labels": labels}).encode() + b"\n")
+                texts = [row.pop("text") for row in chunk]
+                for row, labels in zip(chunk, tag(texts), strict=True):
+                    line = json.dumps({**row, "labels": labels})
+                    out.write(line.encode() + b"\n")
                 out.flush()
-                tagged += len(chunk)
-    print(f"tag.py: {tagged:,} lines tagged, {passed_over:,} passed over", file=sys.stderr)
-    return int(passed_over > 0)
+                n_tagged += len(chunk)
+    print(f"tag.py: {n_tagged:,} lines tagged, {n_passed_over:,} passed over", file=sys.stderr)
+    return int(n_passed_over > 0)
 
 
 def command(config: Config) -> None:
-    """run, ended by its exit code: main would otherwise print the time it took among the tagged lines."""
+    """run, ended by its exit code: main would print the time it took among the tagged lines."""
     try:
         code = run(config)
-    except BrokenPipeError:  # whoever read the output has enough; Python is kept from writing the rest when it ends
+    except (
+        BrokenPipeError
+    ):  # whoever read the output has enough; Python is kept from writing the rest when it ends
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         code = 1
     sys.exit(code)
