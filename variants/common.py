@@ -1,8 +1,11 @@
-"""What the variants share: a run folder inside that of the cascade, with its data and its settings.
+"""What the variants share: a run folder inside the cascade's, with its data and its settings.
 
-A variant is trained on the same documents, with the same encoder, label tree, number of passes and rates as the cascade
-in RUN, whose settings are read from RUN/model.pt. What it makes lies in RUN/NAME, a run folder: tools.report and
-tools.compare work there, and what stages 4 and 5 trained, one_vs_all and light_xml, is read by the other tools too.
+A variant is trained on the same documents, with the same encoder, label tree, number of passes and
+rates as the cascade in RUN, whose settings are read from RUN/model.pt. What it makes lies in
+RUN/NAME, a run folder: tools.report and tools.compare work there. Stages 4 and 5 train one_vs_all
+and light_xml, so the other tools read these, too.
+
+Shapes   N documents, k labels predicted
 """
 
 from collections.abc import Callable
@@ -28,8 +31,9 @@ def folder(run: str, name: str, *files: str) -> Path:
     out = Path(run) / name
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
+        # Load it first: what is missing or damaged is said of the folder that it belongs to.
         load = load_npz if file.endswith(".npz") else load_pt
-        load(Path(run) / file)  # what is missing or damaged is said of the folder it belongs to
+        load(Path(run) / file)
         link(Path(run) / file, out / file)
     return out
 
@@ -40,41 +44,75 @@ def cascade_settings(run: str, out: Path, **changes) -> stages.train.Config:
     return stages.train.Config(run=str(out), **content["config"] | changes)
 
 
-def train_on_tree(run: str, name: str, levels: Callable[[list[int]], list[int]], build: Callable, **changes) -> None:
-    """Stages 4 and 5 in RUN/NAME, on the cascade's tree with only some of its levels, with the model of `build`."""
+def train_on_tree(
+    run: str, name: str, levels: Callable[[list[int]], list[int]], build: Callable, **changes
+) -> None:
+    """Stages 4 and 5 in RUN/NAME, on some levels of the cascade's tree, with the model of `build`."""
     out = folder(run, name, "data.npz")
-    config, tree = cascade_settings(run, out, **changes), stages.tree.load(run)
+    config = cascade_settings(run, out, **changes)
+    tree = stages.tree.load(run)
     stages.data.load(out)
-    kept = levels(tree.levels)
-    for path in out.glob("checkpoint*.pt"):  # a variant that was interrupted starts over
+    # A variant that was interrupted starts over.
+    for path in out.glob("checkpoint*.pt"):
         path.unlink()
-    # A leaf cluster's width belongs to the leaf level; without it there are no clusters to fill up.
-    slots = tree.slot_to_label if tree.levels[-1] in kept else tree.slot_to_label[tree.slot_to_label >= 0]
-    save_npz(out / "tree.npz", stages.tree.Config(run=str(out), levels=",".join(map(str, kept))),
-                       {"slot_to_label": slots, "levels": np.array(kept, np.int64)}, made_from=("data.npz",))
+    # Leaf clusters have slots that are left over. Without the leaf level there is nothing to fill
+    # up.
+    kept = levels(tree.levels)
+    slots = tree.slot_to_label
+    if tree.levels[-1] not in kept:
+        slots = slots[slots >= 0]
+    tree_config = stages.tree.Config(run=str(out), levels=",".join(str(n) for n in kept))
+    arrays = {"slot_to_label": slots, "levels": np.array(kept, np.int64)}
+    save_npz(out / "tree.npz", tree_config, arrays, made_from=("data.npz",))
     stages.train.run(config, build)
     stages.eval.run(stages.eval.Config(run=str(out)))
 
 
-def test(out: Path, model, config: stages.train.Config, name: str, seconds: float, k: int = 100) -> None:
+def test(
+    out: Path, model, config: stages.train.Config, name: str, seconds: float, k: int = 100
+) -> None:
     """Predict the test split by model.predict, and save it."""
     data = stages.data.load(out)
 
     def predict(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
-        return dict(zip(("labels", "scores"), (x.cpu().numpy() for x in model.predict(batch, k)), strict=True))
+        labels, scores = model.predict(batch, k)
+        return {"labels": labels.cpu().numpy(), "scores": scores.cpu().numpy()}
 
-    found = stages.train.predict_split(model, data, "test", config.max_len, 2 * config.batch_size, predict, k)
+    size = 2 * config.batch_size
+    found = stages.train.predict_split(model, data, "test", config.max_len, size, predict, k)
     save_predictions(out, data, found["labels"], found["scores"], name, seconds)
 
 
-def save_predictions(out: Path, data: stages.data.Data, labels_Nk: np.ndarray, scores_Nk: np.ndarray, name: str,
-                     seconds: float, made_from: tuple[str, ...] = ("data.npz", "tree.npz")) -> None:
-    """Write predictions.npz of the test split, from log scores, with how long the training took; print its metrics."""
+def save_predictions(
+    out: Path,
+    data: stages.data.Data,
+    labels_Nk: np.ndarray,
+    scores_Nk: np.ndarray,
+    name: str,
+    seconds: float,
+    made_from: tuple[str, ...] = ("data.npz", "tree.npz"),
+) -> None:
+    """Write predictions.npz of the test split, from log scores, and print its metrics.
+
+    `seconds`: how long the training took.
+    """
     config = stages.eval.Config(run=str(out), k=labels_Nk.shape[1])
-    save_npz(out / "predictions.npz", config,
-                       {"labels": labels_Nk.astype(np.int32), "scores": np.exp(scores_Nk).astype(np.float32)},
-                       made_from=made_from, stage=f"variants/{name}.py", ranking=name, seconds=seconds)
-    train, split = data.splits["train"], data.splits["test"]
-    weight_L = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
+    arrays = {
+        "labels": labels_Nk.astype(np.int32),
+        "scores": np.exp(scores_Nk).astype(np.float32),
+    }
+    save_npz(
+        out / "predictions.npz",
+        config,
+        arrays,
+        made_from=made_from,
+        stage=f"variants/{name}.py",
+        ranking=name,
+        seconds=seconds,
+    )
+    train = data.splits["train"]
+    count_L = np.bincount(train.labels, minlength=len(data.names))
+    weight_L = stages.eval.inverse_propensity(count_L, len(train))
+    metrics = stages.eval.metrics(labels_Nk, data.splits["test"], weight_L)
     print(f"{'%':34}" + "".join(f"{column:>7}" for column in stages.eval.COLUMNS))
-    print(stages.eval.row(name.replace("_", " "), stages.eval.metrics(labels_Nk, split, weight_L)))
+    print(stages.eval.row(name.replace("_", " "), metrics))

@@ -1,4 +1,5 @@
-"""The cascade beside its neighbours: same corpus, encoder, label tree and number of passes. Trains what is missing.
+"""The cascade beside its neighbours: same corpus, encoder, label tree and number of passes. Trains
+what is missing.
 
     python -m variants.compare --run runs/demo
     python -m variants.compare --run runs/seed-0,runs/seed-1,runs/seed-2        mean and standard deviation over seeds
@@ -6,13 +7,14 @@
 Reads    each RUN, in which the cascade has been trained and tested (stages 1, 2, 4, 5)
 Writes   RUN/{ranker,xr_transformer,xr_transformer/ranker,one_vs_all,light_xml}/, where there are no predictions yet
 
-Metrics are of the test split. The paired bootstrap draws the test documents anew, the same ones for the two systems,
-each document with its mean over the runs: the middle 95% of a system minus the cascade. What it says is about which
-documents are in the split; what the seed of training does is the standard deviation.
-Scored: labels scored for a document at most. Training time: the steps as the logs have them, without validation; of
-XR-Transformer also what it finds between the stages; of a ranker its model's and its own. Documents per second: the
-systems of the first run in turn, in this process. Parameters: those that prediction needs here, in millions; of
-XR-Transformer an encoder for each stage (its authors keep the last), of a ranker the weights that are left. All but
+Metrics are of the test split. The paired bootstrap draws the test documents anew, the same ones for
+the two systems, each document with its mean over the runs: the middle 95% of a system minus the
+cascade. What it says is about which documents are in the split; what the seed of training does is
+the standard deviation. Scored: labels scored for a document at most. Training time: the steps as
+the logs have them, without validation; of XR-Transformer also what it finds between the stages; of
+a ranker its model's and its own. Documents per second: the systems of the first run in turn, in
+this process. Parameters: those that prediction needs here, in millions; of XR-Transformer an
+encoder for each stage (its authors keep the last), of a ranker the weights that are left. All but
 XR-Transformer keep the epoch that is best on validation.
 """
 
@@ -104,7 +106,7 @@ def measure(folder: Path) -> tuple[list[float], np.ndarray]:
     data = stages.data.load(folder)
     train, split = data.splits["train"], data.splits["test"]
     weight_L = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
-    labels = load_predictions(folder / "predictions.npz", "test", len(split), len(data.names))[0]["labels"]
+    labels = load_predictions(folder / "predictions.npz", "test", len(split), len(data.names)).labels_Nk
     values = stages.eval.metrics(labels, split, weight_L)
     return ([float(values[name][j - 1]) if j <= labels.shape[1] else np.nan for name, j in METRICS],
             contributions(labels, split, weight_L))

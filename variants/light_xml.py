@@ -1,4 +1,5 @@
-"""LightXML (Jiang et al., AAAI 2021): two resolutions that read the same feature. Does each need its own layer?
+"""LightXML (Jiang et al., AAAI 2021): two resolutions that read the same feature. Does each need
+its own layer?
 
     python -m variants.light_xml --run runs/demo
 
@@ -7,14 +8,16 @@ Writes   RUN/light_xml/    a run folder: tree.npz, model.pt, predictions.npz, ..
 
 What differs from the cascade:
 
-- one cluster level, the finest one of the same tree, and the labels;
-- one feature for both: the last five hidden states side by side, up to the last that the cascade reads, through one
-  linear map. Clusters and labels pull on the same numbers, where the cascade gives each resolution its own layer.
+- one cluster level, the finest one of the same tree, and the labels; - one feature for both: the
+last five hidden states side by side, up to the last that the cascade reads, through one
+  linear map. Clusters and labels pull on the same numbers, where the cascade gives each resolution
+  its own layer.
 
-The shortlist with its hard negatives, loss, optimisers and passes are the cascade's; dropout is 0.3 at both levels,
-what stage 3 gives to two. Of the authors' model this leaves out weight averaging and the order of things in the middle:
-their clusters read the hidden states side by side, and their labels a narrower feature made of them. To take the layers
-apart from the number of levels, train the cascade itself on one layer: 04_train.py --layers 12,12,12.
+The shortlist with its hard negatives, loss, optimisers and passes are the cascade's; dropout is 0.3
+at both levels, what stage 3 gives to two. Of the authors' model this leaves out weight averaging
+and the order of things in the middle: their clusters read the hidden states side by side, and their
+labels a narrower feature made of them. To take the layers apart from the number of levels, train
+the cascade itself on one layer: 04_train.py --layers 12,12,12.
 """
 
 from pathlib import Path
@@ -31,9 +34,9 @@ def last_five(depth: int) -> str:
     return ",".join(["+".join(str(layer) for layer in range(max(1, depth - 4), depth + 1))] * 2)
 
 
-def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, backbone=None):
+def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, encoder=None):
     """A Cascade with one cluster level whose two levels share the map from hidden states to the feature."""
-    model = stages.model.build(data, tree, config, backbone)
+    model = stages.model.build(data, tree, config, encoder)
     model.join[1] = model.join[0]
     return model
 

@@ -1,19 +1,21 @@
-"""Exhaustive one-vs-all: the same encoder, every label scored. What the shortlist saves, and what it costs.
+"""Exhaustive one-vs-all: the same encoder, every label scored. What the shortlist saves, and what
+it costs.
 
     python -m variants.one_vs_all --run runs/demo
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt (its settings)
 Writes   RUN/one_vs_all/    a run folder: tree.npz, model.pt, predictions.npz, ...
 
-One-vs-all is the cascade on a tree that is nothing but its root: the children of the root are all the labels, so the
-shortlist is everything, there are no negatives to choose, and p(label) is trained on all documents. What differs:
+One-vs-all is the cascade on a tree that is nothing but its root: the children of the root are all
+the labels, so the shortlist is everything, there are no negatives to choose, and p(label) is
+trained on all documents. What differs:
 
-- no cluster levels, hence one head, which reads the last layer, and one term in the loss;
-- a step costs B * L * D, and its memory holds logits (B, L): fine for ten thousand labels, not for millions;
+- no cluster levels, hence one head, which reads the last layer, and one term in the loss; - a step
+costs B * L * D, and its memory holds logits (B, L): fine for ten thousand labels, not for millions;
 - scores need no parent: the ranking is p(label).
 
-The rows of the labels are trained by RowAdam, as the cascade's are, with the dropout that the cascade's label level has
-with two cluster levels, 0.4.
+The rows of the labels are trained by RowAdam, as the cascade's are, with the dropout that the
+cascade's label level has with two cluster levels, 0.4.
 """
 
 from plumbing.cli import main
@@ -22,9 +24,9 @@ from variants.common import Config, stages, train_on_tree
 NAME = "one_vs_all"
 
 
-def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, backbone=None):
+def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, encoder=None):
     """A Cascade without cluster levels. `tree`: root and slots only."""
-    model = stages.model.build(data, tree, config, backbone)
+    model = stages.model.build(data, tree, config, encoder)
     model.dropout[0].p = stages.model.DROPOUT[3][-1]
     return model
 

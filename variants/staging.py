@@ -1,11 +1,15 @@
-"""What it takes to train one resolution at a time: passes for each, candidates fixed beforehand, warm starts.
+"""What it takes to train one level at a time: passes, candidates fixed beforehand, warm starts.
 
-Used by variants/xr_transformer.py. The candidates of a training document are the children of its true parents (teacher
-forcing) and of those that the stage above finds for it (matcher-aware negatives). As a warm start XR-Transformer's
-authors fit a linear SVM per node, on frozen features and the new candidates; here it is ridge regression, which has a
-closed form, on all documents: that hard negatives weigh more is left to training.
+variants/xr_transformer.py uses it. The candidates of a training document are the children of its
+true parents (teacher forcing) and of the parents that the stage above finds for it (matcher-aware
+negatives).
 
-Shapes   N documents, B batch, K parents, P positive pairs, M nodes of the new level, C of the level above, D width
+As a warm start, XR-Transformer's authors fit a linear SVM per node, on frozen features and the new
+candidates. Here it is ridge regression, which has a closed form, on all documents: that hard
+negatives weigh more is left to training.
+
+Shapes   N documents, B documents of a batch, K parents of a document, F children of each (fan),
+         P (document, label) pairs, M nodes of the new level, D width of a feature
 """
 
 from collections import namedtuple
@@ -24,70 +28,108 @@ WARM_STARTS = ("linear", "inherit", "none")
 def shares(epochs: int, n_stages: int) -> list[int]:
     """Passes of each stage, about 3 : 4 : 6, as the authors' 600, 800 and 1,200 steps for EURLex-4K."""
     weights = np.array([3, 4, 6, 8, 10, 12][:n_stages])
-    passes = np.diff(np.round(epochs * weights.cumsum() / weights.sum()), prepend=0).astype(int).tolist()
+    ends = np.round(epochs * weights.cumsum() / weights.sum())
+    passes = np.diff(ends, prepend=0).astype(int).tolist()
     if min(passes) < 1:
-        raise UserError(f"{epochs} epochs give {passes} to {n_stages} stages; train the cascade with more --epochs")
+        raise UserError(
+            f"{epochs} epochs give {passes} to {n_stages} stages; "
+            "train the cascade with more --epochs"
+        )
     return passes
 
 
 class Batch(namedtuple("Batch", (*stages.data.Batch._fields, "parents_BK"))):
-    """A stages.data.Batch with the parents whose children are candidates, -1 where a document has fewer."""
+    """A batch with the parents whose children are candidates, -1 where a document has fewer."""
 
     def to(self, device: torch.device) -> "Batch":
         return stages.data.move(self, device)
 
 
 class Batches(stages.train.Batches):
-    """Batches of one stage. parents_Nb: what the stage above found; parent_L: the parent of each label."""
+    """Batches of one stage. parents_Nb: what the stage above found; parent_L: each label's parent."""
 
-    def __init__(self, data: stages.data.Data, config: stages.train.Config, parents_Nb: np.ndarray,
-                 parent_L: np.ndarray) -> None:
+    def __init__(
+        self,
+        data: stages.data.Data,
+        config: stages.train.Config,
+        parents_Nb: np.ndarray,
+        parent_L: np.ndarray,
+    ) -> None:
         super().__init__(data, config.batch_size, config.max_len, config.seed)
-        self.parents_Nb, self.parent_L = parents_Nb, parent_L
+        self.parents_Nb = parents_Nb
+        self.parent_L = parent_L
 
     def __call__(self, epoch: int, first: int = 0) -> Iterator[Batch]:
         for rows in self.rows(epoch)[first:]:
             batch = self.data.batch("train", rows, self.max_len)
-            true_P = self.parent_L[batch.label_P.numpy()]
-            yield Batch(*batch, torch.from_numpy(union(self.parents_Nb[rows], batch.doc_P.numpy(), true_P)))
+            true_parent_P = self.parent_L[batch.label_P.numpy()]
+            parents_BK = union(self.parents_Nb[rows], batch.doc_P.numpy(), true_parent_P)
+            yield Batch(*batch, torch.from_numpy(parents_BK))
 
 
 def union(parents_Bb: np.ndarray, doc_P: np.ndarray, parent_P: np.ndarray) -> np.ndarray:
-    """(B, K): for each document the distinct ones of its row and of its (document, parent) pairs, padded with -1."""
+    """(B, K): each document's row of parents together with those of its pairs, each once; -1 behind."""
+    n_documents = len(parents_Bb)
+    # Every (document, parent) becomes one number. Sorted, and each once, they are all sets in a
+    # row.
     stride = max(parents_Bb.max(initial=0), parent_P.max(initial=0)) + 1
-    own = np.arange(len(parents_Bb))[:, None] * stride + parents_Bb
-    doc, parent = np.divmod(np.unique(np.append(own, doc_P * stride + parent_P)), stride)
-    size_B = np.bincount(doc, minlength=len(parents_Bb))
-    parents_BK = np.full((len(parents_Bb), size_B.max()), -1, np.int64)
-    parents_BK[doc, np.arange(len(doc)) - (np.cumsum(size_B) - size_B)[doc]] = parent
+    found = np.arange(n_documents)[:, None] * stride + parents_Bb
+    true = doc_P * stride + parent_P
+    doc, parent = np.divmod(np.unique(np.append(found, true)), stride)
+    # Back into rows, as long as the longest set.
+    size_B = np.bincount(doc, minlength=n_documents)
+    start_B = np.cumsum(size_B) - size_B
+    place = np.arange(len(doc)) - start_B[doc]
+    parents_BK = np.full((n_documents, size_B.max()), -1, np.int64)
+    parents_BK[doc, place] = parent
     return parents_BK
 
 
-def ridge(x_ND: np.ndarray, Y_NM: csr_matrix, shrink: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
-    """(weights (M, D), biases (M,)) of the least squares fit of +1 for a node's documents and -1 for all others, with a
-    penalty of `shrink` times the features' mean variance: one system of equations for all nodes. A node without
-    documents: weights 0, bias -1."""
-    x_ND, Y_NM = x_ND.astype(np.float64), (Y_NM > 0).astype(np.float64)
-    mean_D, share_M = x_ND.mean(axis=0), np.asarray(Y_NM.mean(axis=0)).ravel()
+def ridge(
+    x_ND: np.ndarray, Y_NM: csr_matrix, shrink: float = 0.1
+) -> tuple[np.ndarray, np.ndarray]:
+    """(weights (M, D), biases (M,)): the least squares fit of +1 for a node's documents, -1 for
+    others.
+
+    The penalty is `shrink` times the features' mean variance. One system of equations serves all
+    nodes: (covariance + penalty) w = covariance of the features with the target. A node without
+    documents gets weights 0 and bias -1.
+    """
+    x_ND = x_ND.astype(np.float64)
+    Y_NM = (Y_NM > 0).astype(np.float64)
+    n, width = x_ND.shape
+    mean_D = x_ND.mean(axis=0)
+    share_M = np.asarray(Y_NM.mean(axis=0)).ravel()
     covariance_DD = np.cov(x_ND.T, bias=True)
-    covariance_DD += shrink * np.trace(covariance_DD) / len(mean_D) * np.eye(len(mean_D))
-    with_node_MD = 2 * (Y_NM.T @ x_ND / len(x_ND) - share_M[:, None] * mean_D)
-    w_MD = np.linalg.solve(covariance_DD, with_node_MD.T).T
-    return w_MD.astype(np.float32), (2 * share_M - 1 - w_MD @ mean_D).astype(np.float32)
+    covariance_DD += shrink * np.trace(covariance_DD) / width * np.eye(width)
+    # The target is 2 Y - 1, so its covariance with x is twice Y's.
+    with_target_MD = 2 * (Y_NM.T @ x_ND / n - share_M[:, None] * mean_D)
+    w_MD = np.linalg.solve(covariance_DD, with_target_MD.T).T
+    # The fit goes through the means: of the features, and of the target, 2 share - 1.
+    b_M = 2 * share_M - 1 - w_MD @ mean_D
+    return w_MD.astype(np.float32), b_M.astype(np.float32)
 
 
 @torch.no_grad()
-def warm_start(way: str, above: torch.nn.Module | None, head: torch.nn.Module, x_ND: np.ndarray, Y_NM: csr_matrix
-               ) -> None:
-    """Set a Head of M nodes before it is trained, by one of WARM_STARTS: from features x_ND of the documents and their
-    nodes Y_NM; from the head of the level above, each child as its parent, if there is one; or leave it as it is."""
-    mine = head.weight, head.bias
+def warm_start(
+    way: str,
+    above: torch.nn.Module | None,
+    head: torch.nn.Module,
+    x_ND: np.ndarray,
+    Y_NM: csr_matrix,
+) -> None:
+    """Set a Head of M nodes before it is trained, by one of WARM_STARTS.
+
+    linear: ridge regression from features x_ND of the documents to their nodes Y_NM. inherit: from
+    the head of the level above, each child as its parent, if there is one. none: leave it as it is.
+    """
     if way == "linear":
-        values = [torch.from_numpy(array) for array in ridge(x_ND, Y_NM)]
+        weight, bias = (torch.from_numpy(array) for array in ridge(x_ND, Y_NM))
     elif way == "inherit" and above is not None:
-        its = above.weight, above.bias
-        values = [array.flatten(0, 1)[:, None].expand_as(own) for array, own in zip(its, mine, strict=True)]
+        # Every node's row, once for each of its children.
+        weight = above.weight.flatten(0, 1)[:, None].expand_as(head.weight)
+        bias = above.bias.flatten(0, 1)[:, None].expand_as(head.bias)
     else:
         return
-    for own, new in zip(mine, values, strict=True):
-        own.copy_(new.reshape(own.shape))
+    head.weight.copy_(weight.reshape(head.weight.shape))
+    head.bias.copy_(bias.reshape(head.bias.shape))
