@@ -9,7 +9,7 @@ import numpy as np
 
 
 def unnamed_array(folder: str | Path, shape: tuple[int, ...], dtype: type) -> np.memmap:
-    """A writable array on the disk of `folder`. It is gone when the process ends, however it ends."""
+    """A writable array on the disk of `folder`; gone when the process ends, however it ends."""
     n_bytes = math.prod(shape) * np.dtype(dtype).itemsize
     with tempfile.TemporaryFile(dir=folder) as file:  # the array keeps it open as long as needed
         # Claim the room now. A disk that fills up later would kill the process without a word.

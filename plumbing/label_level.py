@@ -321,9 +321,9 @@ def refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
             if getattr(parameter, "factors", None):
                 raise RuntimeError(
                     f"{type(optimizer).__name__} cannot train the weights of a sparse head: they "
-                    "have no .grad, and the factors of their gradient would pile up. Give the groups of "
-                    'model.param_groups() that are marked "rows" to plumbing.label_level.RowAdam, '
-                    "or build the head with sparse=False"
+                    "have no .grad, and the factors of their gradient would pile up. Give the "
+                    'groups of model.param_groups() that are marked "rows" to '
+                    "plumbing.label_level.RowAdam, or build the head with sparse=False"
                 )
 
 

@@ -1,4 +1,4 @@
-"""Stops a training that has gone wrong."""
+"""Stops a training that has gone wrong: its loss is not finite, or has grown a thousandfold."""
 
 import collections
 import math
@@ -11,9 +11,9 @@ from plumbing.errors import UserError
 
 
 class LossWatch:
-    """Stops a training whose loss is no longer finite, or grows a thousandfold.
+    """Looks at the losses of a step while the next step is computed.
 
-    What a step gives is looked at while the next one is computed, so that a GPU is never waited for with nothing to do.
+    So a GPU is never waited for while it has nothing to do.
     """
 
     STEPS = 100  # the last losses of a level, whose median counts as usual
@@ -21,41 +21,63 @@ class LossWatch:
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
-        self.pending = None
-        self.first = None
+        self.pending = None  # numbers on their way from the device
+        self.first = None  # losses (levels,) of the first step
         self.last = collections.deque(maxlen=self.STEPS)
 
     def __call__(self, losses: torch.Tensor, norm: torch.Tensor, step: int, lr: float) -> None:
-        """Look at what came before; take the losses (levels,) and the gradient's norm () of this step."""
+        """Look at the step before; take the losses (levels,) and the gradient's norm () of this."""
         self.check()
-        copy = torch.cat([losses, norm.view(1)]).to("cpu", non_blocking=True)
-        there = torch.cuda.Event() if losses.is_cuda else None
-        if there:
-            there.record()
-        self.pending = copy, there, step, lr
+        on_its_way = torch.cat([losses, norm.view(1)]).to("cpu", non_blocking=True)
+        arrival = None
+        if losses.is_cuda:
+            arrival = torch.cuda.Event()
+            arrival.record()
+        self.pending = on_its_way, arrival, step, lr
 
     def check(self) -> None:
-        """UserError when what came last is not finite, or far beyond what it was."""
+        """UserError when what came last is not finite, or far beyond what is usual."""
         if self.pending is None:
             return
-        copy, there, step, lr = self.pending
+        numbers, arrival, step, lr = self.pending
         self.pending = None
-        if there:
-            there.synchronize()
-        *losses, norm = copy.tolist()
+        if arrival:
+            arrival.synchronize()
+        *losses, norm = numbers.tolist()
+        n_levels = len(losses)
+
         for level, loss in enumerate(losses):
             if not math.isfinite(loss):
-                self.stop(f"the loss of level {level + 1} of {len(losses)} is no longer finite", level, step, lr)
+                what = f"the loss of level {level + 1} of {n_levels} is no longer finite"
+                self.stop(what, level, step, lr)
         if not math.isfinite(norm):
             self.stop("the gradient is no longer finite", None, step, lr)
+
         if self.first is None:
             self.first = losses
         usual = np.median(self.last, axis=0) if self.last else self.first
         for level, loss in enumerate(losses):
             if loss > self.GROWTH * usual[level] and loss > self.first[level]:
-                self.stop(f"the loss of level {level + 1} of {len(losses)} is {loss:.3g}, more than a thousand times "
-                          f"its median of the last {len(self.last)} steps, {usual[level]:.3g}", level, step, lr)
+                what = (
+                    f"the loss of level {level + 1} of {n_levels} is {loss:.3g}, more than a "
+                    f"thousand times its median of the last {len(self.last)} steps, "
+                    f"{usual[level]:.3g}"
+                )
+                self.stop(what, level, step, lr)
         self.last.append(losses)
+
+    def stop(self, what: str, level: int | None, step: int, lr: float) -> None:
+        """UserError that says what happened, where, and what to do."""
+        heads = getattr(self.model, "heads", None)
+        part = self.model
+        if level is not None and heads is not None and level < len(heads):
+            part = heads[level]
+        largest = max(float(parameter.detach().abs().max()) for parameter in part.parameters())
+        raise UserError(
+            f"{what}: step {step}, learning rate {lr:.1e}, largest weight {largest:.1e}; the "
+            "checkpoints are those of before. Start over with a lower --lr or --lr-encoder (of the "
+            "heads alone: --head-lr), after deleting them"
+        )
 
     def state_dict(self) -> dict:
         """What was seen so far, for a training that goes on later."""
@@ -64,12 +86,3 @@ class LossWatch:
     def load_state_dict(self, state: dict) -> None:
         self.first = state["first"]
         self.last.extend(state["last"])
-
-    def stop(self, what: str, level: int | None, step: int, lr: float) -> None:
-        """UserError that says what happened, where, and what to do."""
-        heads = getattr(self.model, "heads", None)
-        part = self.model if level is None or heads is None or level >= len(heads) else heads[level]
-        largest = max(float(parameter.detach().abs().max()) for parameter in part.parameters())
-        raise UserError(f"{what}: step {step}, learning rate {lr:.1e}, largest weight {largest:.1e}; the checkpoints "
-                        "are those of before. Start over with a lower --lr or --lr-encoder (of the heads alone: "
-                        "--head-lr), after deleting them")

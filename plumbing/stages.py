@@ -6,5 +6,10 @@ from types import SimpleNamespace
 
 def load_stages() -> SimpleNamespace:
     """The five stages as modules, for what builds on them: their names begin with digits."""
-    names = {"data": "01_data", "tree": "02_label_tree", "model": "03_model", "train": "04_train", "eval": "05_eval"}
-    return SimpleNamespace(**{name: import_module(file) for name, file in names.items()})
+    return SimpleNamespace(
+        data=import_module("01_data"),
+        tree=import_module("02_label_tree"),
+        model=import_module("03_model"),
+        train=import_module("04_train"),
+        eval=import_module("05_eval"),
+    )

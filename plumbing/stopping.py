@@ -1,4 +1,4 @@
-"""Ctrl-C, and other wishes of a system that a program should end."""
+"""Ctrl-C, and other signals that a program should end: noted now, obeyed when it is safe."""
 
 import contextlib
 import signal
@@ -7,11 +7,13 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
+
 
 @contextlib.contextmanager
 def asked_to_stop() -> Iterator[Callable[[], bool]]:
-    """Gives a function that says whether Ctrl-C has come since, or a wish to end; a second one stops at once."""
-    came, before = [], {}
+    """Gives a function that says whether a signal to stop has come; a second one stops at once."""
+    came = []
 
     def note(number: int, frame: Any) -> None:
         if came:
@@ -19,13 +21,18 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
         came.append(number)
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)
 
-    if threading.current_thread() is threading.main_thread():  # only there may signals be handled
-        names = [name for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)]
-        numbers = [getattr(signal, name) for name in names]
-        before = {number: signal.signal(number, note) for number in numbers
-                  if signal.getsignal(number) is not signal.SIG_IGN}  # under nohup a closed terminal is nothing
+    def has_come() -> bool:
+        return bool(came)
+
+    before = {}
+    if threading.current_thread() is threading.main_thread():  # signals can be handled only there
+        for name in SIGNALS:
+            number = getattr(signal, name, None)  # Windows has not all of them
+            # Under nohup a closed terminal is to be ignored.
+            if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                before[number] = signal.signal(number, note)
     try:
-        yield lambda: bool(came)
+        yield has_come
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -18,7 +18,7 @@ from conftest import SMALL, make_corpus, stages, write_jsonl
 from data import formats
 from plumbing.encoders import bare_encoder
 from plumbing.errors import UserError
-from plumbing.store import FORMAT, _digest, load_npz, load_pt
+from plumbing.store import FORMAT, digest, load_npz, load_pt
 
 
 class Attack:
@@ -178,7 +178,7 @@ def test_a_neighbour_is_not_unpacked_to_read_its_record(tmp_path):
     with zipfile.ZipFile(tmp_path / "tree.npz", "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("meta.npy", header((2**28,), "<U1") + bytes(2**30))
     meta = {"format": FORMAT, "made_from": {"tree.npz": "0" * 64}}
-    torch.save({"meta": json.dumps(meta | {"sha256": _digest(meta, {})})}, tmp_path / "model.pt")
+    torch.save({"meta": json.dumps(meta | {"sha256": digest(meta, {})})}, tmp_path / "model.pt")
     before = peak()
     with pytest.raises(UserError, match="tree.npz with sha256 0+, found something unreadable; run: python 04_train.py"):
         load_pt(tmp_path / "model.pt")
@@ -190,7 +190,7 @@ def forge(path: Path, change) -> None:
     arrays, meta = load_npz(path)
     change(arrays, meta)
     del meta["sha256"]
-    np.savez(path, meta=np.array(json.dumps(meta | {"sha256": _digest(meta, arrays)})), **arrays)
+    np.savez(path, meta=np.array(json.dumps(meta | {"sha256": digest(meta, arrays)})), **arrays)
 
 
 FORGED = {
@@ -220,7 +220,7 @@ def test_a_record_cannot_name_files_elsewhere(tmp_path):
     for source in ("../secret", "/etc/passwd", "run"):
         meta = {"format": FORMAT, "made_from": {source: "0" * 64}}
         content = {"ids": np.zeros(3)}
-        record = json.dumps(meta | {"sha256": _digest(meta, content)})
+        record = json.dumps(meta | {"sha256": digest(meta, content)})
         np.savez(tmp_path / "run" / "data.npz", meta=np.array(record), **content)
         with pytest.raises(UserError, match="found no artifact"):
             load_npz(tmp_path / "run" / "data.npz")

@@ -11,6 +11,7 @@ from conftest import SMALL, sha256, stages
 from plumbing.cli import settle
 from plumbing.errors import UserError
 from plumbing.label_level import RowAdam
+from plumbing.precision import choose_amp
 from plumbing.store import load_pt
 
 train = stages.train
@@ -160,6 +161,18 @@ def test_every_precision_trains_on_this_machine(tmp_path, prepared, done, amp):
     train.run(config_of(tmp_path, amp=amp, epochs=1))
     _, config, _ = train.load(tmp_path, stages.data.load(tmp_path))
     assert config.amp == amp if amp != "auto" else config.amp in ("bf16", "off")
+
+
+@pytest.mark.parametrize(("flags", "tried"), [
+    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False), ({"avx512_bf16": True}, True), ({}, True)])
+def test_a_processor_without_bf16_arithmetic_is_not_made_to_try_it(done, monkeypatch, capsys, flags, tried):
+    """Where nothing tells, the trial does."""
+    loaded = stages.data.load(done)
+    model, config, _ = train.load(done, loaded)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
+    amp = choose_amp("auto", model, loaded.batch("train", np.arange(4), config.max_len))
+    said = capsys.readouterr().out
+    assert ("one batch takes" in said) == tried and (tried or amp == "off" and "no bf16 arithmetic" in said)
 
 
 def test_bf16_rows_go_with_every_precision_of_the_encoder(prepared):
