@@ -34,7 +34,9 @@ def last_five(depth: int) -> str:
     return ",".join(["+".join(str(layer) for layer in range(max(1, depth - 4), depth + 1))] * 2)
 
 
-def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, encoder=None):
+def build(
+    data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, encoder=None
+):
     """A Cascade with one cluster level whose two levels share the map from hidden states to the feature."""
     model = stages.model.build(data, tree, config, encoder)
     model.join[1] = model.join[0]
@@ -45,7 +47,15 @@ def run(config: Config) -> None:
     content, _ = load_pt(Path(config.run) / "model.pt")
     layers = max(int(layer) for layer in content["config"]["layers"].replace("+", ",").split(","))
     topk = content["config"]["topk"].split(",")[-1]
-    train_on_tree(config.run, NAME, lambda levels: levels[-1:], build, topk=topk, layers=last_five(layers), dropout="")
+    train_on_tree(
+        config.run,
+        NAME,
+        lambda levels: levels[-1:],
+        build,
+        topk=topk,
+        layers=last_five(layers),
+        dropout="",
+    )
 
 
 if __name__ == "__main__":

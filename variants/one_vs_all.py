@@ -24,7 +24,9 @@ from variants.common import Config, stages, train_on_tree
 NAME = "one_vs_all"
 
 
-def build(data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, encoder=None):
+def build(
+    data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, encoder=None
+):
     """A Cascade without cluster levels. `tree`: root and slots only."""
     model = stages.model.build(data, tree, config, encoder)
     model.dropout[0].p = stages.model.DROPOUT[3][-1]

@@ -290,9 +290,7 @@ def run(config: Config) -> None:
     start = time.perf_counter()
     seen = look(model, data, "train", settings, ranking, config)
     looked = time.perf_counter()
-    W_VL, W_DL = train(
-        seen.X_NV, seen.E_ND, data.splits["train"], seen.labels_Nk, tree, config.c
-    )
+    W_VL, W_DL = train(seen.X_NV, seen.E_ND, data.splits["train"], seen.labels_Nk, tree, config.c)
     trained = time.perf_counter()
     # How much say has the model's own score? Validation tells.
     seen = look(model, data, "val", settings, ranking, config, seen.idf_V)

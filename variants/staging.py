@@ -85,9 +85,7 @@ def union(parents_Bb: np.ndarray, doc_P: np.ndarray, parent_P: np.ndarray) -> np
     return parents_BK
 
 
-def ridge(
-    x_ND: np.ndarray, Y_NM: csr_matrix, shrink: float = 0.1
-) -> tuple[np.ndarray, np.ndarray]:
+def ridge(x_ND: np.ndarray, Y_NM: csr_matrix, shrink: float = 0.1) -> tuple[np.ndarray, np.ndarray]:
     """(weights (M, D), biases (M,)): the least squares fit of +1 for a node's documents, -1 for
     others.
 

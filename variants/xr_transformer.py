@@ -58,7 +58,9 @@ CHUNK = 4096  # documents whose cached features are scaled at a time
 
 @dataclass(frozen=True)
 class Config(common.Config):
-    warm: str = flag("linear", "start of a new level: linear, inherit (the parent's weights) or none")
+    warm: str = flag(
+        "linear", "start of a new level: linear, inherit (the parent's weights) or none"
+    )
     b: int = flag(20, "parents of the stage above whose children are candidates", positive)
 
 
