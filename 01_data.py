@@ -193,12 +193,14 @@ def one_spelling() -> normalizers.Normalizer:
     NFKC is the standard form of Unicode: e + accent becomes é, and a wide letter becomes a letter.
     BERT's normaliser removes control characters and makes each Chinese character a word of its own.
     """
-    return normalizers.Sequence([
-        # Every kind of blank, among them the one of width zero that stands between Khmer words.
-        normalizers.Replace(Regex(r"[\s\u200b]"), " "),
-        normalizers.NFKC(),
-        normalizers.BertNormalizer(strip_accents=False, lowercase=True),
-    ])
+    return normalizers.Sequence(
+        [
+            # Every kind of blank, among them the one of width zero that stands between Khmer words.
+            normalizers.Replace(Regex(r"[\s\u200b]"), " "),
+            normalizers.NFKC(),
+            normalizers.BertNormalizer(strip_accents=False, lowercase=True),
+        ]
+    )
 
 
 def characters_of(texts: Iterable[str], normalizer: normalizers.Normalizer) -> list[str]:
@@ -220,10 +222,12 @@ def into_words(characters: list[str]) -> pre_tokenizers.PreTokenizer:
     # character is written by its number, such as \x{61}, since some, such as ], have a meaning.
     known = "".join(f"\\x{{{ord(character):X}}}" for character in characters)
     pattern = f"[{known}]{{1,{LONGEST_WORD}}}|." if known else "."
-    return pre_tokenizers.Sequence([
-        pre_tokenizers.BertPreTokenizer(),
-        pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
-    ])
+    return pre_tokenizers.Sequence(
+        [
+            pre_tokenizers.BertPreTokenizer(),
+            pre_tokenizers.Split(Regex(pattern), behavior="isolated"),
+        ]
+    )
 
 
 def train_pieces(
@@ -560,9 +564,9 @@ class Data(NamedTuple):
 def flatten(start_B: np.ndarray, length_B: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """(row, position in the row, place in the flat array) of every element of some rows.
 
-        rows that start at 10 and 40       row        0  0  1  1  1
-        and have 2 and 3 elements          position   0  1  0  1  2
-                                           place     10 11 40 41 42
+    rows that start at 10 and 40       row        0  0  1  1  1
+    and have 2 and 3 elements          position   0  1  0  1  2
+                                       place     10 11 40 41 42
     """
     row = np.repeat(np.arange(len(length_B)), length_B)
     # Count all elements through, and subtract how many there are in the rows before.

@@ -409,7 +409,8 @@ def what_is_wrong(tree: Tree) -> str:
     for t, n in enumerate(tree.levels):
         is_larger = n > above or t == 0
         if n < 1 or not is_larger or n % above:
-            return f"levels {tree.levels}: expected rising numbers, each a multiple of the one before"
+            wanted = "rising numbers, each a multiple of the one before"
+            return f"levels {tree.levels}: expected {wanted}"
         above = n
     if above > max(1, len(labels)):
         return f"levels {tree.levels}: {above} clusters > {len(labels)} labels"

@@ -183,9 +183,7 @@ class Encoder(nn.Module):
 
     def forward(self, ids_BT: Tensor, mask_BT: Tensor, layers: set[int]) -> dict[int, Tensor]:
         # One pass gives the hidden states of all layers: (B, T, D) each, 0 being the embeddings.
-        output = self.backbone(
-            input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True
-        )
+        output = self.backbone(input_ids=ids_BT, attention_mask=mask_BT, output_hidden_states=True)
         hidden = output.hidden_states
         # The first token, [CLS] in BERT, can look at all others and stand for the document.
         if self.pooling == "first":

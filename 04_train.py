@@ -99,9 +99,7 @@ class Batches:
     which are shuffled again. The price is a little randomness.
     """
 
-    def __init__(
-        self, data: data_stage.Data, batch_size: int, max_len: int, seed: int
-    ) -> None:
+    def __init__(self, data: data_stage.Data, batch_size: int, max_len: int, seed: int) -> None:
         self.data = data
         self.batch_size = batch_size
         self.max_len = max_len
@@ -345,9 +343,7 @@ def interrupt_if_asked(training: Training, stop: Callable[[], bool]) -> None:
     """KeyboardInterrupt if stop() says so; a checkpoint has just been saved."""
     if stop():
         step = training.steps_before + training.steps
-        raise KeyboardInterrupt(
-            f"; a checkpoint was saved after step {step}; go on with --resume"
-        )
+        raise KeyboardInterrupt(f"; a checkpoint was saved after step {step}; go on with --resume")
 
 
 def fit(
@@ -364,17 +360,15 @@ def fit(
 
 def hits(labels_Nk: np.ndarray, split: data_stage.Split) -> np.ndarray:
     """(N, k) bool: which predicted labels are correct. -1, no prediction, never is."""
-    # Every (document, label) pair becomes one number. The numbers of the true pairs ascend, because
-    # labels ascend within a document, so a binary search finds whether a predicted pair is among
-    # them.
     n_documents = len(split)
-    stride = int(max(split.labels.max(initial=0), labels_Nk.max(initial=0))) + 1
     doc_P = np.repeat(np.arange(n_documents), np.diff(split.label_offsets))
-    true_P = doc_P * stride + split.labels
-    predicted_Nk = np.arange(n_documents)[:, None] * stride + labels_Nk
-    place_Nk = np.searchsorted(true_P, predicted_Nk)
-    found_Nk = np.append(true_P, -1)[place_Nk]  # -1: behind the last true pair there is none
-    return (found_Nk == predicted_Nk) & (labels_Nk >= 0)
+    hit_Nk = np.zeros(labels_Nk.shape, bool)
+    for j, label_N in enumerate(labels_Nk.T):
+        # The j-th prediction of a document, beside each of its correct labels.
+        predicted_P = label_N[doc_P]
+        is_hit_P = predicted_P == split.labels
+        hit_Nk[doc_P[is_hit_P], j] = True
+    return hit_Nk
 
 
 def predict_rankings(
@@ -525,7 +519,8 @@ def center(model: model_stage.Cascade, encoded_NHD: np.ndarray) -> None:
         if not finite:
             raise UserError(
                 f"hidden state {model.hidden[place]} of the encoder is too large for float16, in "
-                "which the features wait for the heads; leave it out of --layers, or take --head-epochs 0"
+                "which the features wait for the heads; leave it out of --layers, or take "
+                "--head-epochs 0"
             )
     # 2. The variance of a hidden state: the mean square minus the square of the mean.
     square_H = (squares_HD / n).mean(axis=1)
@@ -600,9 +595,7 @@ def train_phase(
         interrupt_if_asked(training, job.stop)
 
 
-def keep_the_best(
-    job: Job, training: Training, result: dict, log: Callable[[dict], None]
-) -> None:
+def keep_the_best(job: Job, training: Training, result: dict, log: Callable[[dict], None]) -> None:
     """Log a validation, and write model.pt if it is the best so far.
 
     Where no validation document has a label, nothing can be compared: the last epoch is kept.
@@ -698,9 +691,7 @@ def prepare(
     return model, config, state
 
 
-def train(
-    config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: Callable
-) -> None:
+def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: Callable) -> None:
     """Build the cascade, train its heads, then all of it."""
     model, config, state = prepare(config, data, tree, build)
     if not len(data.splits["val"].labels):

@@ -71,8 +71,8 @@ class Config:
 
 
 # 1. Metrics. `hit_Nk` says which of the first k predicted labels are correct. Every function gives
-# an
-#    array (k,) whose entry j - 1 is the metric at j, between 0 and 1. n_N counts a document's labels.
+#    an array (k,) whose entry j - 1 is the metric at j, between 0 and 1. n_N counts a document's
+#    labels.
 
 
 def precision(hit_Nk: np.ndarray) -> np.ndarray:
@@ -378,9 +378,7 @@ def save(config: Config, found: Predictions, ranking: str) -> None:
 # 4. What is printed.
 
 
-def print_table(
-    config: Config, data: data_stage.Data, found: Predictions, ranking: str
-) -> None:
+def print_table(config: Config, data: data_stage.Data, found: Predictions, ranking: str) -> None:
     """The yardsticks, and the cascade by each of its rankings."""
     split = data.splits[config.split]
     train = data.splits["train"]

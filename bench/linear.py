@@ -158,8 +158,10 @@ def count(texts: list[str], column: dict[str, int]) -> csr_matrix:
         indices.extend(column[word] for word in words(text) if word in column)
         indptr.append(len(indices))
     ones = np.ones(len(indices), np.float32)
-    X_NV = csr_matrix((ones, np.frombuffer(indices, np.int32), np.frombuffer(indptr, np.int64)),
-                      shape=(len(texts), len(column)))
+    X_NV = csr_matrix(
+        (ones, np.frombuffer(indices, np.int32), np.frombuffer(indptr, np.int64)),
+        shape=(len(texts), len(column)),
+    )
     X_NV.sum_duplicates()
     return X_NV
 
@@ -195,8 +197,10 @@ def read_texts(data: stages.data.Data, folder: str) -> dict[str, list[str]]:
         expected = data.splits[split]
         labels = [label for _, row in found for label in row]
         if len(found) != len(expected) or not np.array_equal(labels, expected.labels):
-            raise UserError(f"--corpus {folder}: its {split} documents are not those of data.npz; "
-                            "name the corpus that 01_data.py read, as it was then")
+            raise UserError(
+                f"--corpus {folder}: its {split} documents are not those of data.npz; "
+                "name the corpus that 01_data.py read, as it was then"
+            )
     return {split: [text for text, _ in found] for split, found in rows.items()}
 
 
@@ -243,8 +247,9 @@ def best(score_NL: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
     return place_Nk, np.take_along_axis(score_Nk, order_Nk, axis=1)
 
 
-def dual_descent(X_NV: csr_matrix, positive_NF: np.ndarray, c: float, seed: int = 0,
-                 tolerance: float = TOLERANCE) -> np.ndarray:
+def dual_descent(
+    X_NV: csr_matrix, positive_NF: np.ndarray, c: float, seed: int = 0, tolerance: float = TOLERANCE
+) -> np.ndarray:
     """Weights (V, F) of F linear SVMs with squared hinge, by dual coordinate descent.
 
     This is what liblinear does (Hsieh et al., ICML 2008, its solver 1), for F labels at once: what
@@ -310,6 +315,7 @@ def xr_linear(X_NV: csr_matrix, Y_NL: csr_matrix, config: Config) -> tuple[Predi
     # gone elsewhere and for arrays that are never copied.
     sparse.sputils = sparse._sputils
     from pecos.utils import smat_util
+
     smat_util.cs_matrix = plain_matrix
     from pecos.xmc import Indexer, LabelEmbeddingFactory
     from pecos.xmc.xlinear.model import XLinearModel
@@ -401,8 +407,10 @@ def run(config: Config) -> None:
     features = read_features(data, config)
     X_NV = features["train"]
     Y_NL = train.label_matrix(len(data.names))
-    print(f"{len(train):,} training documents, {len(data.names):,} labels, "
-          f"{X_NV.shape[1]:,} {config.text}, {X_NV.nnz / len(train):.0f} of them in a document")
+    print(
+        f"{len(train):,} training documents, {len(data.names):,} labels, "
+        f"{X_NV.shape[1]:,} {config.text}, {X_NV.nnz / len(train):.0f} of them in a document"
+    )
 
     start = time.process_time()  # of all threads
     try:
@@ -446,8 +454,9 @@ def folder_name(config: Config) -> str:
     return name
 
 
-def ranking(predict: Predict, X_NV: csr_matrix, known: csr_matrix | None, k: int
-            ) -> tuple[np.ndarray, np.ndarray]:
+def ranking(
+    predict: Predict, X_NV: csr_matrix, known: csr_matrix | None, k: int
+) -> tuple[np.ndarray, np.ndarray]:
     """(labels (N, k), scores (N, k)) without the labels known beforehand: the next ones move up."""
     more = most_known(known)
     labels_NK, scores_NK = predict(X_NV, k + more)
@@ -460,15 +469,28 @@ def ranking(predict: Predict, X_NV: csr_matrix, known: csr_matrix | None, k: int
     return labels_Nk, np.where(labels_Nk < 0, 0, scores_Nk)
 
 
-def save(out: Path, split: str, config: Config, labels_Nk: np.ndarray, scores_Nk: np.ndarray,
-         seconds: float) -> None:
+def save(
+    out: Path,
+    split: str,
+    config: Config,
+    labels_Nk: np.ndarray,
+    scores_Nk: np.ndarray,
+    seconds: float,
+) -> None:
     """Write predictions as stage 5 does, with how they were made."""
     file = "predictions.npz" if split == "test" else f"predictions.{split}.npz"
     written = stages.eval.Config(run=str(out), split=split, k=config.k)
     arrays = {"labels": labels_Nk.astype(np.int32), "scores": scores_Nk.astype(np.float32)}
-    save_npz(out / file, written, arrays, made_from=("data.npz",),
-                       stage="bench/linear.py", ranking=config.system,
-                       linear=settings(config), seconds=seconds)
+    save_npz(
+        out / file,
+        written,
+        arrays,
+        made_from=("data.npz",),
+        stage="bench/linear.py",
+        ranking=config.system,
+        linear=settings(config),
+        seconds=seconds,
+    )
 
 
 if __name__ == "__main__":

@@ -295,12 +295,17 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--sources", default="",
-                        help="apt source file to use instead of this machine's")
-    parser.add_argument("--out", default=str(Path(__file__).parent / "debian"),
-                        help="folder to write")
-    parser.add_argument("--only-filters", action="store_true",
-                        help="write the filter files alone, from the files in --out; needs no apt")
+    parser.add_argument(
+        "--sources", default="", help="apt source file to use instead of this machine's"
+    )
+    parser.add_argument(
+        "--out", default=str(Path(__file__).parent / "debian"), help="folder to write"
+    )
+    parser.add_argument(
+        "--only-filters",
+        action="store_true",
+        help="write the filter files alone, from the files in --out; needs no apt",
+    )
     return parser.parse_args()
 
 

@@ -127,9 +127,7 @@ def names_are_unique(labels: list[tuple[str, str]]) -> bool:
     return len({name for name, _ in labels}) == len(labels)
 
 
-def named_labels(
-    document: formats.Document, labels: list[tuple[str, str]], by_name: bool
-) -> list:
+def named_labels(document: formats.Document, labels: list[tuple[str, str]], by_name: bool) -> list:
     """The names of a document's labels; their ids, where names repeat."""
     if by_name:
         return document.labels
@@ -301,10 +299,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(names))
     for name in names:
         command = commands.add_parser(name, allow_abbrev=False)
-        command.add_argument("--source", type=Path, required=True,
-                             help="folder of the corpus that is there")
-        command.add_argument("--out", type=Path, required=True,
-                             help="folder of the corpus to be made")
+        command.add_argument(
+            "--source", type=Path, required=True, help="folder of the corpus that is there"
+        )
+        command.add_argument(
+            "--out", type=Path, required=True, help="folder of the corpus to be made"
+        )
         if name == "sample":
             add_sample_flags(command)
     return parser.parse_args(argv)
@@ -312,12 +312,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def add_sample_flags(command: argparse.ArgumentParser) -> None:
     command.add_argument("--train", type=positive, default=5000, help="training documents [5000]")
-    command.add_argument("--val", type=natural, default=1000,
-                         help="documents for validation; 0: none [1000]")
+    command.add_argument(
+        "--val", type=natural, default=1000, help="documents for validation; 0: none [1000]"
+    )
     command.add_argument("--test", type=positive, default=1000, help="test documents [1000]")
     command.add_argument("--seed", type=natural, default=0, help="seed of the draw [0]")
-    command.add_argument("--separator", default=";",
-                         help="what stands between labels in a CSV column [;]")
+    command.add_argument(
+        "--separator", default=";", help="what stands between labels in a CSV column [;]"
+    )
 
 
 def run(args: argparse.Namespace) -> None:

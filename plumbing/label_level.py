@@ -249,9 +249,9 @@ class RowAdam(torch.optim.Optimizer):
     slows down rows that needed no cap.
 
     BOUND must let the rare labels learn. Most gradients of their rows are tiny, until one of the
-    few documents that have the label comes along. Then v is (1 - beta) g^2, the mean weight moves
+    few documents that have the label comes along. Then v is (1 - beta) g^2: the mean weight moves
     1 / sqrt(1 - beta) = 10 learning rates, and the largest about three times as many. Dense AdamW
-    moves as far, 1 / sqrt(1 - 0.999) = 32, but its momentum spreads this over the steps that follow.
+    moves as far, 1 / sqrt(1 - 0.999) = 32, but its momentum spreads it over the steps that follow.
 
     A feature may be dead: zero in every document. FLOOR keeps its scale finite, so that rounding
     noise is not blown up.

@@ -35,11 +35,17 @@ def formed(shape, parts):
 
 def gradient(parameter):
     """What .grad would be, of a sparse head from the factors."""
-    return formed(parameter.shape, parameter.factors) if hasattr(parameter, "factors") else parameter.grad
+    return (
+        formed(parameter.shape, parameter.factors)
+        if hasattr(parameter, "factors")
+        else parameter.grad
+    )
 
 
 def has_exact(run) -> bool:
-    """Whether validation chose a ranking that all labels can be scored by: p(label) is one of the beam alone."""
+    """Whether validation chose a ranking that all labels can be scored by: p(label) is one of the
+    beam alone.
+    """
     return load_pt(Path(run) / "model.pt")[0]["ranking"] != "label"
 
 
@@ -48,22 +54,31 @@ def write_jsonl(path: Path, rows: list[dict]) -> None:
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def make_corpus(folder: Path, n_documents: int = 300, n_labels: int = 40, seed: int = 0, val: bool = True) -> Path:
-    """Documents made of the words of their labels and noise; some without labels in the test split."""
+def make_corpus(
+    folder: Path, n_documents: int = 300, n_labels: int = 40, seed: int = 0, val: bool = True
+) -> Path:
+    """Documents made of the words of their labels and noise. In the test split some have none."""
     rng = np.random.default_rng(seed)
     folder.mkdir(parents=True, exist_ok=True)
     names = [f"label-{i}" for i in range(n_labels)]
 
     def document(i: int) -> dict:
         mine = rng.choice(n_labels, size=rng.integers(1, 4), replace=False)
-        words = [f"word{label}x{j}" for label in mine for j in range(3)] + [f"noise{j}" for j in rng.integers(0, 50, 8)]
+        words = [f"word{label}x{j}" for label in mine for j in range(3)] + [
+            f"noise{j}" for j in rng.integers(0, 50, 8)
+        ]
         rng.shuffle(words)
-        return {"text": " ".join(words), "labels": [names[label] for label in mine] if i % 50 != 49 else []}
+        return {
+            "text": " ".join(words),
+            "labels": [names[label] for label in mine] if i % 50 != 49 else [],
+        }
 
     for split, n in (("train", n_documents), ("val", 60), ("test", 60)):
         if split != "val" or val:
             write_jsonl(folder / f"{split}.jsonl.gz", [document(i) for i in range(n)])
-    write_jsonl(folder / "labels.jsonl.gz", [{"name": name, "text": f"what {name} means"} for name in names])
+    write_jsonl(
+        folder / "labels.jsonl.gz", [{"name": name, "text": f"what {name} means"} for name in names]
+    )
     return folder
 
 

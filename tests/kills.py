@@ -1,10 +1,11 @@
-"""Kill the pipeline again and again, and compare what comes out in the end with a run that was never interrupted.
+"""Kill the pipeline again and again, and compare what comes out in the end with a run that was
+never interrupted.
 
     python tests/kills.py --kills 100
 
-Half of the kills come at a random moment, half right before or after a random one of the calls that put a file in its
-place. After each, every artifact must be whole or absent. In the end what the artifacts hold must be the same bit for
-bit, and so must the log, but for the speed in it.
+Half of the kills come at a random moment, half right before or after a random one of the calls that
+put a file in its place. After each, every artifact must be whole or absent. In the end what the
+artifacts hold must be the same bit for bit, and so must the log, but for the speed in it.
 """
 
 import argparse
@@ -25,20 +26,35 @@ from conftest import SMALL, make_corpus, stages  # noqa: E402
 
 from plumbing.store import load_npz, load_pt  # noqa: E402
 
-ARTIFACTS = ("data.npz", "tree.npz", "model.pt", "checkpoint.pt", "checkpoint.previous.pt", "predictions.npz")
+ARTIFACTS = (
+    "data.npz",
+    "tree.npz",
+    "model.pt",
+    "checkpoint.pt",
+    "checkpoint.previous.pt",
+    "predictions.npz",
+)
 CHECKPOINTS = ("checkpoint.pt", "checkpoint.previous.pt")
 
 
 def runs_of(folder: Path, corpus: Path) -> dict:
-    """{stage: a function that runs it in the folder, going on where there is something to go on from}."""
+    """{stage: a function that runs it in the folder, going on where there is something to go on
+    from}.
+    """
+
     def train():
         resume = any((folder / name).exists() for name in CHECKPOINTS)
-        # The heads alone first, as with a pretrained encoder: kills come in both phases, and between them.
-        config = stages.train.Config(run=str(folder), resume=resume, save_every=2, **SMALL | {"head_epochs": 1})
+        # The heads alone first, as with a pretrained encoder: kills come in both phases, and
+        # between them.
+        config = stages.train.Config(
+            run=str(folder), resume=resume, save_every=2, **SMALL | {"head_epochs": 1}
+        )
         stages.train.run(config)
 
     return {
-        "data": lambda: stages.data.run(stages.data.Config(run=str(folder), corpus=str(corpus), vocab=400)),
+        "data": lambda: stages.data.run(
+            stages.data.Config(run=str(folder), corpus=str(corpus), vocab=400)
+        ),
         "tree": lambda: stages.tree.run(stages.tree.Config(run=str(folder), levels="8")),
         "train": train,
         "eval": lambda: stages.eval.run(stages.eval.Config(run=str(folder), k=20)),
@@ -46,7 +62,9 @@ def runs_of(folder: Path, corpus: Path) -> dict:
 
 
 def die_at(n: int, after: bool) -> None:
-    """Let this process be killed at its n-th call of what brings a file to the disk and into its place."""
+    """Let this process be killed at its n-th call of what brings a file to the disk and into its
+    place.
+    """
     calls = 0
 
     def deadly(function):
@@ -57,6 +75,7 @@ def die_at(n: int, after: bool) -> None:
             if calls == n:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
+
         return call
 
     os.fsync, os.replace = deadly(os.fsync), deadly(os.replace)
@@ -79,7 +98,7 @@ def start(run, before=lambda: None) -> int:
 
 
 def killed(pid: int, seconds: float | None) -> bool:
-    """Whether the child was killed, by itself or by us after so many seconds; fails when it failed."""
+    """Whether the child was killed, by itself or by us after that many seconds."""
     if seconds is not None:
         time.sleep(seconds)
         os.kill(pid, signal.SIGKILL)  # a child that has ended is still there until it is waited for
@@ -89,24 +108,42 @@ def killed(pid: int, seconds: float | None) -> bool:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """{artifact: sha256 of what it holds}; every artifact that is there can be loaded and belongs with the others."""
+    """{artifact: sha256 of what it holds}; every artifact that is there can be loaded and belongs
+    with the others.
+    """
     loads = {name: load_npz if name.endswith("npz") else load_pt for name in ARTIFACTS}
-    return {name: load(folder / name)[1]["sha256"] for name, load in loads.items() if (folder / name).exists()}
+    return {
+        name: load(folder / name)[1]["sha256"]
+        for name, load in loads.items()
+        if (folder / name).exists()
+    }
 
 
 def log_of(folder: Path) -> list[dict]:
-    return [{key: value for key, value in json.loads(line).items() if key != "batches_per_s"}
-            for line in (folder / "log.jsonl").read_text().splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "batches_per_s"}
+        for line in (folder / "log.jsonl").read_text().splitlines()
+    ]
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
-    choose, count, pipelines = random.Random(args.seed), dict.fromkeys(("data", "tree", "train", "eval"), 0), 0
+    choose, count, pipelines = (
+        random.Random(args.seed),
+        dict.fromkeys(("data", "tree", "train", "eval"), 0),
+        0,
+    )
     with tempfile.TemporaryDirectory() as folder:
-        corpus, whole, broken = make_corpus(Path(folder) / "corpus"), Path(folder) / "whole", Path(folder) / "broken"
+        corpus, whole, broken = (
+            make_corpus(Path(folder) / "corpus"),
+            Path(folder) / "whole",
+            Path(folder) / "broken",
+        )
         took = {}
         for stage, run in runs_of(whole, corpus).items():
             begin = time.perf_counter()
@@ -115,13 +152,17 @@ def main() -> None:
         while sum(count.values()) < args.kills:
             shutil.rmtree(broken, ignore_errors=True)
             for stage, run in runs_of(broken, corpus).items():
-                # At a random moment for some tries, then at a random call; a try that comes too late ends the stage.
+                # At a random moment for some tries, then at a random call; a try that comes too
+                # late ends the stage.
                 tries = choose.randrange(1, 4)
                 for _ in range(tries if sum(count.values()) < args.kills else 0):
                     if choose.random() < 0.5:
                         dead = killed(start(run), choose.uniform(0, took[stage]))
                     else:
-                        n, after = choose.randrange(1, 12 if stage == "train" else 3), choose.random() < 0.5
+                        n, after = (
+                            choose.randrange(1, 12 if stage == "train" else 3),
+                            choose.random() < 0.5,
+                        )
                         dead = killed(start(run, lambda n=n, after=after: die_at(n, after)), None)
                     count[stage] += dead
                     digests(broken)
@@ -134,7 +175,10 @@ def main() -> None:
             assert log_of(whole) == log_of(broken), "log.jsonl differs"
             assert sorted(os.listdir(broken)) == sorted(os.listdir(whole)), "files are left over"
     shares = ", ".join(f"{n} in {stage}" for stage, n in count.items())
-    print(f"{sum(count.values())} kills ({shares}) over {pipelines} pipelines: 0 losses, the same artifacts and log")
+    print(
+        f"{sum(count.values())} kills ({shares}) over {pipelines} pipelines: "
+        "0 losses, the same artifacts and log"
+    )
 
 
 if __name__ == "__main__":

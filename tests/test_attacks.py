@@ -1,4 +1,6 @@
-"""Files that somebody made up to run code, or to take all the memory: each attack is tried, and refused."""
+"""Files that somebody made up to run code, or to take all the memory: each attack is tried, and
+refused.
+"""
 
 import gzip
 import io
@@ -42,8 +44,15 @@ def npz(path: Path, **members: bytes) -> None:
 
 
 def header(shape: tuple, kind: str = "<f8", version: int = 1, pad: int = 0) -> bytes:
-    text = str({"descr": kind, "fortran_order": False, "shape": shape}).encode() + b" " * pad + b"\n"
-    return b"\x93NUMPY" + bytes([version, 0]) + struct.pack("<H" if version == 1 else "<I", len(text)) + text
+    text = (
+        str({"descr": kind, "fortran_order": False, "shape": shape}).encode() + b" " * pad + b"\n"
+    )
+    return (
+        b"\x93NUMPY"
+        + bytes([version, 0])
+        + struct.pack("<H" if version == 1 else "<I", len(text))
+        + text
+    )
 
 
 def saved(array) -> bytes:
@@ -69,7 +78,9 @@ def test_a_pickle_in_an_npz_is_not_executed(tmp_path, what):
 def test_a_pickle_in_a_pt_is_not_executed(tmp_path, zipped):
     content = {"meta": "{}", "model": Attack(tmp_path / "executed")}
     for name in ("model.pt", "checkpoint.pt"):
-        torch.save(content, tmp_path / name) if zipped else (tmp_path / name).write_bytes(pickle.dumps(content))
+        torch.save(content, tmp_path / name) if zipped else (tmp_path / name).write_bytes(
+            pickle.dumps(content)
+        )
         with pytest.raises(UserError, match=f"{name} cannot be read"):
             load_pt(tmp_path / name)
     assert not (tmp_path / "executed").exists()
@@ -100,7 +111,9 @@ def test_compressed_and_overlapping_members_are_refused(tmp_path):
             archive.writestr("ids.npy", bytes(2**28))
         assert (tmp_path / name).stat().st_size < 2**20
         before = peak()
-        with pytest.raises(UserError, match=f"{name} cannot be read .it claims to hold more than the file does"):
+        with pytest.raises(
+            UserError, match=f"{name} cannot be read .it claims to hold more than the file does"
+        ):
             (load_npz if name == "data.npz" else load_pt)(tmp_path / name)
         assert peak() - before < 2**27
     # Many entries of the directory that all lead to the same bytes.
@@ -150,7 +163,10 @@ def test_what_a_small_pt_claims_is_not_allocated(tmp_path, make):
 def test_a_storage_that_claims_more_than_its_record_holds(tmp_path):
     """The number of elements in the pickle of an honest file is made a million times bigger."""
     torch.save({"meta": "{}", "w": torch.zeros(3, 7)}, tmp_path / "honest.pt")
-    with zipfile.ZipFile(tmp_path / "honest.pt") as honest, zipfile.ZipFile(tmp_path / "model.pt", "w") as forged:
+    with (
+        zipfile.ZipFile(tmp_path / "honest.pt") as honest,
+        zipfile.ZipFile(tmp_path / "model.pt", "w") as forged,
+    ):
         for member in honest.infolist():
             content = honest.read(member)
             if member.filename.endswith("data.pkl"):
@@ -163,8 +179,19 @@ def test_a_storage_that_claims_more_than_its_record_holds(tmp_path):
     assert peak() - before < 2**28
 
 
-@pytest.mark.parametrize("record", ["[" * 10**5, '"a"', "7", "null", '{"format": 2}', '{"format": 2, "made_from": 1}',
-                                    '{"format": {}, "made_from": {}}', "9" * 5000])
+@pytest.mark.parametrize(
+    "record",
+    [
+        "[" * 10**5,
+        '"a"',
+        "7",
+        "null",
+        '{"format": 2}',
+        '{"format": 2, "made_from": 1}',
+        '{"format": {}, "made_from": {}}',
+        "9" * 5000,
+    ],
+)
 def test_records_that_are_none(tmp_path, record):
     npz(tmp_path / "data.npz", meta=saved(np.array(record)), ids=saved(np.zeros(3)))
     torch.save({"meta": record}, tmp_path / "model.pt")
@@ -180,7 +207,10 @@ def test_a_neighbour_is_not_unpacked_to_read_its_record(tmp_path):
     meta = {"format": FORMAT, "made_from": {"tree.npz": "0" * 64}}
     torch.save({"meta": json.dumps(meta | {"sha256": digest(meta, {})})}, tmp_path / "model.pt")
     before = peak()
-    with pytest.raises(UserError, match="tree.npz with sha256 0+, found something unreadable; run: python 04_train.py"):
+    with pytest.raises(
+        UserError,
+        match="tree.npz with sha256 0+, found something unreadable; run: python 04_train.py",
+    ):
         load_pt(tmp_path / "model.pt")
     assert peak() - before < 2**27
 
@@ -194,14 +224,46 @@ def forge(path: Path, change) -> None:
 
 
 FORGED = {
-    "67 million clusters": ("tree.npz", lambda a, m: a.update(levels=np.array([2**26])), "67108864 clusters > 40"),
-    "no cluster": ("tree.npz", lambda a, m: a.update(levels=np.array([0])), "expected rising numbers"),
-    "a label far out": ("tree.npz", lambda a, m: a["slot_to_label"].__setitem__(0, 10**6), "are no permutation"),
-    "a million million tokens": ("data.npz", lambda a, m: m.update(vocab_size=2**40), "has no 1099511627776 tokens"),
-    "a label out of range": ("data.npz", lambda a, m: a["train_labels"].__setitem__(3, 40), "train_labels is not what"),
-    "a token out of range": ("data.npz", lambda a, m: a["test_ids"].__setitem__(3, 60000), "test_ids is not what"),
-    "offsets far out": ("data.npz", lambda a, m: a["val_offsets"].__setitem__(-1, 2**40), "val_ids is not what its"),
-    "offsets that fall": ("data.npz", lambda a, m: a["val_label_offsets"].__setitem__(1, -5), "val_labels is not what"),
+    "67 million clusters": (
+        "tree.npz",
+        lambda a, m: a.update(levels=np.array([2**26])),
+        "67108864 clusters > 40",
+    ),
+    "no cluster": (
+        "tree.npz",
+        lambda a, m: a.update(levels=np.array([0])),
+        "expected rising numbers",
+    ),
+    "a label far out": (
+        "tree.npz",
+        lambda a, m: a["slot_to_label"].__setitem__(0, 10**6),
+        "are no permutation",
+    ),
+    "a million million tokens": (
+        "data.npz",
+        lambda a, m: m.update(vocab_size=2**40),
+        "has no 1099511627776 tokens",
+    ),
+    "a label out of range": (
+        "data.npz",
+        lambda a, m: a["train_labels"].__setitem__(3, 40),
+        "train_labels is not what",
+    ),
+    "a token out of range": (
+        "data.npz",
+        lambda a, m: a["test_ids"].__setitem__(3, 60000),
+        "test_ids is not what",
+    ),
+    "offsets far out": (
+        "data.npz",
+        lambda a, m: a["val_offsets"].__setitem__(-1, 2**40),
+        "val_ids is not what its",
+    ),
+    "offsets that fall": (
+        "data.npz",
+        lambda a, m: a["val_label_offsets"].__setitem__(1, -5),
+        "val_labels is not what",
+    ),
 }
 
 
@@ -236,7 +298,9 @@ def test_a_link_laid_for_the_temporary_file_is_not_followed(tmp_path, prepared):
 
 
 def test_names_in_a_corpus_stay_names(tmp_path):
-    """Labels and texts that look like paths, flags or terminal commands go through all stages as what they are."""
+    """Labels and texts that look like paths, flags or terminal commands go through all stages as
+    what they are.
+    """
     corpus = make_corpus(tmp_path / "corpus")
     names = ["../../../etc/passwd", "--run=/tmp", "a\nb", "\x1b[2J", "$(touch x)"]
     rows = [{"text": f"word{i} {names[i % 5]}", "labels": [names[i % 5]]} for i in range(40)]
@@ -251,24 +315,48 @@ def test_names_in_a_corpus_stay_names(tmp_path):
     stages.train.run(stages.train.Config(run=str(run), **train))
     stages.eval.run(stages.eval.Config(run=str(run), show=3))
     assert stages.data.load(run).names == names
-    assert sorted(path for path in tmp_path.rglob("*") if run not in (path, *path.parents)) == before
+    assert (
+        sorted(path for path in tmp_path.rglob("*") if run not in (path, *path.parents)) == before
+    )
 
 
 def test_an_encoder_in_a_model_cannot_fetch_code_or_take_all_memory(done):
     content, _ = load_pt(done / "model.pt")
     honest, weights = content["encoder"], content["model"]
-    evil = {"auto_map": {"AutoModel": "evil--repo.Model"}, "_attn_implementation": "evil/kernel",
-            "attn_implementation": "evil/kernel", "_attn_implementation_internal": "evil/kernel"}
+    evil = {
+        "auto_map": {"AutoModel": "evil--repo.Model"},
+        "_attn_implementation": "evil/kernel",
+        "attn_implementation": "evil/kernel",
+        "_attn_implementation_internal": "evil/kernel",
+    }
     encoder = bare_encoder(honest | evil, weights)
     assert type(encoder).__module__.startswith("transformers.models.bert")
-    assert "evil" not in str(encoder.config.to_dict()) and "evil" not in str(encoder.config._attn_implementation)
+    assert "evil" not in str(encoder.config.to_dict()) and "evil" not in str(
+        encoder.config._attn_implementation
+    )
     before = peak()
-    for changes in ({"num_hidden_layers": 10**9}, {"num_hidden_layers": "many"}, {"intermediate_size": 2**40},
-                    {"hidden_size": 2**20, "num_attention_heads": 1}, {"vocab_size": 10**11}, {"model_type": "evil"}):
+    for changes in (
+        {"num_hidden_layers": 10**9},
+        {"num_hidden_layers": "many"},
+        {"intermediate_size": 2**40},
+        {"hidden_size": 2**20, "num_attention_heads": 1},
+        {"vocab_size": 10**11},
+        {"model_type": "evil"},
+    ):
         with pytest.raises(UserError, match="its encoder's configuration does not fit its weights"):
             bare_encoder(honest | changes, weights)
-    distil = {"model_type": "distilbert", "n_layers": 10**6, "dim": 8, "hidden_dim": 8, "n_heads": 1}
-    deberta = {"model_type": "deberta", "position_biased_input": False, "max_position_embeddings": 2**28}
+    distil = {
+        "model_type": "distilbert",
+        "n_layers": 10**6,
+        "dim": 8,
+        "hidden_dim": 8,
+        "n_heads": 1,
+    }
+    deberta = {
+        "model_type": "deberta",
+        "position_biased_input": False,
+        "max_position_embeddings": 2**28,
+    }
     for config in (distil, deberta):
         with pytest.raises(UserError, match="its encoder's configuration does not fit its weights"):
             bare_encoder(config, weights)
@@ -280,11 +368,19 @@ def test_a_tokeniser_with_code_of_its_own_is_refused(tmp_path, corpus):
     folder = tmp_path / "encoder"
     folder.mkdir()
     (folder / "evil.py").write_text(f"open({str(tmp_path / 'executed')!r}, 'w')\n")
-    names = {"AutoTokenizer": ["evil.Tokenizer"] * 2, "AutoConfig": "evil.Config", "AutoModel": "evil.Model"}
-    (folder / "tokenizer_config.json").write_text(json.dumps({"auto_map": names, "tokenizer_class": "Evil"}))
+    names = {
+        "AutoTokenizer": ["evil.Tokenizer"] * 2,
+        "AutoConfig": "evil.Config",
+        "AutoModel": "evil.Model",
+    }
+    (folder / "tokenizer_config.json").write_text(
+        json.dumps({"auto_map": names, "tokenizer_class": "Evil"})
+    )
     (folder / "config.json").write_text(json.dumps({"auto_map": names, "model_type": "evil"}))
     with pytest.raises(UserError, match="--encoder"):
-        stages.data.run(stages.data.Config(run=str(tmp_path / "run"), corpus=str(corpus), encoder=str(folder)))
+        stages.data.run(
+            stages.data.Config(run=str(tmp_path / "run"), corpus=str(corpus), encoder=str(folder))
+        )
     assert not (tmp_path / "executed").exists() and "evil" not in sys.modules
 
 

@@ -1,4 +1,6 @@
-"""tools/compare.py: metrics against stage 5, the bootstrap against a loop and the closed form, ensembles by hand."""
+"""tools/compare.py: metrics against stage 5, the bootstrap against a loop and the closed form,
+ensembles by hand.
+"""
 
 import os
 import shutil
@@ -17,21 +19,32 @@ from tools import compare
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory, done) -> list[Path]:
-    """Three run folders with the corpus of `done` and predictions of somebody else: the true labels and wrong ones."""
+    """Three run folders with the corpus of `done` and predictions of somebody else: the true labels
+    and wrong ones.
+    """
     folders = []
     for i in range(3):
         folder = tmp_path_factory.mktemp(f"run-{i}")
         shutil.copy(done / "data.npz", folder)
-        split, n_labels = stages.data.load(folder).splits["test"], len(stages.data.load(folder).names)
+        split, n_labels = (
+            stages.data.load(folder).splits["test"],
+            len(stages.data.load(folder).names),
+        )
         rng, labels = np.random.default_rng(i), np.full((len(split), 12), -1, np.int32)
         scores = -np.sort(-rng.random(labels.shape).astype(np.float32), axis=1)
         for j in range(len(split)):
             true = split.labels[split.label_offsets[j] : split.label_offsets[j + 1]]
-            mixed = np.union1d(true[rng.random(len(true)) < 0.6], rng.choice(n_labels, 5 + i, replace=False))
+            mixed = np.union1d(
+                true[rng.random(len(true)) < 0.6], rng.choice(n_labels, 5 + i, replace=False)
+            )
             labels[j, : len(mixed)] = rng.permutation(mixed)
         scores[labels < 0] = 0
-        save_npz(folder / "predictions.npz", stages.eval.Config(), {"labels": labels, "scores": scores},
-                           ("data.npz",))
+        save_npz(
+            folder / "predictions.npz",
+            stages.eval.Config(),
+            {"labels": labels, "scores": scores},
+            ("data.npz",),
+        )
         folders.append(folder)
     return folders
 
@@ -43,14 +56,18 @@ def command(*words) -> compare.Config:
 def table(printed: str) -> dict[str, list[float]]:
     """{name of the row: its numbers, nan for a dash}."""
     rows = [line.strip().rsplit(None, 7) for line in printed.splitlines()[2:]]
-    return {row[0]: [float("nan") if cell == "-" else float(cell) for cell in row[1:]] for row in rows}
+    return {
+        row[0]: [float("nan") if cell == "-" else float(cell) for cell in row[1:]] for row in rows
+    }
 
 
 def columns_of_stage_5(folder: Path) -> list[float]:
     """The metrics as 05_eval.py computes them."""
     data, (arrays, _) = stages.data.load(folder), load_npz(folder / "predictions.npz")
     train = data.splits["train"]
-    weight = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
+    weight = stages.eval.inverse_propensity(
+        np.bincount(train.labels, minlength=len(data.names)), len(train)
+    )
     found = stages.eval.metrics(arrays["labels"], data.splits["test"], weight)
     return [found[name][j - 1] if j <= len(found[name]) else np.nan for name, j in compare.COLUMNS]
 
@@ -76,9 +93,14 @@ def test_metrics_with_many_labels_and_any_k(monkeypatch):
     for k in (1, 4, 5, 40, 120):
         labels = np.array([rng.permutation(200)[:k] for _ in true])
         labels[rng.random(labels.shape) < 0.1] = -1
-        added, expected = compare.contributions(labels, split, weight), stages.eval.metrics(labels, split, weight)
+        added, expected = (
+            compare.contributions(labels, split, weight),
+            stages.eval.metrics(labels, split, weight),
+        )
         assert len(added) == sum(len(one) > 0 for one in true)
-        for value, (name, j) in zip(compare.percent(added.sum(axis=0), len(added)), compare.COLUMNS, strict=True):
+        for value, (name, j) in zip(
+            compare.percent(added.sum(axis=0), len(added)), compare.COLUMNS, strict=True
+        ):
             assert value == pytest.approx(expected[name][j - 1] if j <= k else np.nan, nan_ok=True)
 
 
@@ -87,21 +109,30 @@ def test_means_and_deviations_over_runs(runs, capsys):
     rows = table(capsys.readouterr().out)
     a, b, c = (np.array(columns_of_stage_5(folder)) for folder in runs)
     mean = (a + b + c) / 3
-    for name, expected in (("mean", mean), ("lowest", np.minimum(np.minimum(a, b), c)),
-                           ("highest", np.maximum(np.maximum(a, b), c)),
-                           ("standard deviation", (((a - mean)**2 + (b - mean)**2 + (c - mean)**2) / 2) ** 0.5)):
+    for name, expected in (
+        ("mean", mean),
+        ("lowest", np.minimum(np.minimum(a, b), c)),
+        ("highest", np.maximum(np.maximum(a, b), c)),
+        ("standard deviation", (((a - mean) ** 2 + (b - mean) ** 2 + (c - mean) ** 2) / 2) ** 0.5),
+    ):
         np.testing.assert_allclose(rows[name], expected, atol=0.00501)
 
 
 def test_bootstrap_equals_a_plain_loop_over_resamples(runs, monkeypatch):
-    """Documents drawn one resample at a time and handed to stage 5: two independent samples of one distribution."""
+    """Documents drawn one resample at a time and handed to stage 5: two independent samples of one
+    distribution.
+    """
     data = stages.data.load(runs[0])
     split, train = data.splits["test"], data.splits["train"]
-    weight = stages.eval.inverse_propensity(np.bincount(train.labels, minlength=len(data.names)), len(train))
+    weight = stages.eval.inverse_propensity(
+        np.bincount(train.labels, minlength=len(data.names)), len(train)
+    )
     labels = [load_npz(folder / "predictions.npz")[0]["labels"] for folder in runs[:2]]
     added = [compare.contributions(one, split, weight) for one in labels]
     monkeypatch.setattr(compare, "CELLS", 59 * 64)  # several products of 64 resamples
-    found = compare.bootstrap(np.column_stack([(added[1] - added[0])[:, :-1], added[0][:, -1]]), 0, 2000)
+    found = compare.bootstrap(
+        np.column_stack([(added[1] - added[0])[:, :-1], added[0][:, -1]]), 0, 2000
+    )
     rng, slow = np.random.default_rng(1), []
     has = np.flatnonzero(np.diff(split.label_offsets))
     assert len(has) == 59 and found.shape == (2000, 7)
@@ -133,8 +164,11 @@ def test_bootstrap_has_the_standard_error_of_the_closed_form():
     assert drawn[:, 0].std() == pytest.approx(error, rel=0.08)
     low, high = np.quantile(drawn[:, 0], (0.025, 0.975))
     assert high - low == pytest.approx(2 * 1.96 * error, rel=0.1)
-    np.testing.assert_allclose(drawn[:, 4], drawn[:, 0] / 2)  # a ratio of sums: over the sum of the most, 2 each
-    assert (drawn == compare.bootstrap(added, 3)).all() and (drawn != compare.bootstrap(added, 4)).any()
+    # a ratio of sums: over the sum of the most, 2 each
+    np.testing.assert_allclose(drawn[:, 4], drawn[:, 0] / 2)
+    assert (drawn == compare.bootstrap(added, 3)).all() and (
+        drawn != compare.bootstrap(added, 4)
+    ).any()
 
 
 def test_a_run_does_not_differ_from_itself_and_two_runs_do(runs, capsys):
@@ -151,7 +185,9 @@ def test_a_run_does_not_differ_from_itself_and_two_runs_do(runs, capsys):
     np.testing.assert_allclose(forth["95% interval: from"][:6], [-x for x in back["to"][:6]])
     name = "% of resamples: second is better"
     np.testing.assert_allclose(np.add(forth[name], back[name])[:6], 100, atol=0.011)
-    low, value, high = (np.array(forth[key][:6]) for key in ("95% interval: from", "second - first", "to"))
+    low, value, high = (
+        np.array(forth[key][:6]) for key in ("95% interval: from", "second - first", "to")
+    )
     assert (low <= value).all() and (value <= high).all() and (low < high).all()
 
 
@@ -161,7 +197,9 @@ def by_hand(members: list[dict[str, np.ndarray]], k: int) -> tuple[list, list]:
     for i in range(len(members[0]["labels"])):
         total = {}
         for member in members:
-            for label, score in zip(member["labels"][i].tolist(), member["scores"][i].tolist(), strict=True):
+            for label, score in zip(
+                member["labels"][i].tolist(), member["scores"][i].tolist(), strict=True
+            ):
                 if label >= 0:
                     total[label] = total.get(label, 0.0) + score
         best = sorted(total, key=lambda label: (-total[label], label))[:k]
@@ -176,7 +214,9 @@ def test_ensemble_equals_a_dictionary_per_document(monkeypatch):
         labels = np.array([rng.permutation(9)[:k] for _ in range(200)], np.int32)
         scores = -np.sort(-rng.integers(0, 5, labels.shape) / 4, axis=1).astype(np.float32)
         labels[np.arange(k) >= rng.integers(0, k + 1, 200)[:, None]] = -1
-        members.append({"labels": labels, "scores": np.where(labels < 0, 0, scores).astype(np.float32)})
+        members.append(
+            {"labels": labels, "scores": np.where(labels < 0, 0, scores).astype(np.float32)}
+        )
     labels, scores = by_hand(members, 6)
     for chunk in (13, 10**6):
         monkeypatch.setattr(compare, "CHUNK", chunk)
@@ -198,9 +238,13 @@ def test_an_ensemble_is_a_run_folder_by_itself(runs, tmp_path, capsys):
     labels, scores = by_hand([content for content, _ in members], 12)
     assert arrays["labels"].tolist() == labels
     np.testing.assert_allclose(arrays["scores"], scores, rtol=1e-6)
-    assert meta["members"] == [record["sha256"] for _, record in members] and meta["config"]["split"] == "test"
+    assert (
+        meta["members"] == [record["sha256"] for _, record in members]
+        and meta["config"]["split"] == "test"
+    )
     np.testing.assert_allclose(rows[f"ensemble, {out}"], columns_of_stage_5(out), atol=0.00501)
-    # Once more into the same folder, and as a run like any other; the data that stage 1 makes anew is not touched.
+    # Once more into the same folder, and as a run like any other; the data that stage 1 makes anew
+    # is not touched.
     before = (out / "predictions.npz").read_bytes()
     compare.run(command("--ensemble", *runs, "--out", out))
     assert (out / "predictions.npz").read_bytes() == before
@@ -220,8 +264,11 @@ def test_without_links_the_data_is_copied(runs, tmp_path, monkeypatch):
 
 def test_what_cannot_be_compared_is_refused(runs, done, tmp_path):
     other = tmp_path / "other"
-    stages.data.run(stages.data.Config(run=str(other), corpus=str(make_corpus(tmp_path / "corpus", 50, seed=9)),
-                                       vocab=300))
+    stages.data.run(
+        stages.data.Config(
+            run=str(other), corpus=str(make_corpus(tmp_path / "corpus", 50, seed=9)), vocab=300
+        )
+    )
     bare, odd = tmp_path / "bare", tmp_path / "odd"
     for folder in (bare, odd):
         folder.mkdir()
@@ -229,8 +276,14 @@ def test_what_cannot_be_compared_is_refused(runs, done, tmp_path):
     for words, message in (
         ([runs[0]], "is only one run"),
         ([runs[0], other], f"(?s){runs[0]} and {other} differ in the labels"),
-        ([runs[0], bare], f"{bare}/predictions.npz does not exist; run: python 05_eval.py --run {bare}"),
-        ([runs[0], runs[1], "--split", "val"], "predictions.val.npz does not exist; run: python 05_eval.py --split"),
+        (
+            [runs[0], bare],
+            f"{bare}/predictions.npz does not exist; run: python 05_eval.py --run {bare}",
+        ),
+        (
+            [runs[0], runs[1], "--split", "val"],
+            "predictions.val.npz does not exist; run: python 05_eval.py --split",
+        ),
         ([runs[0], tmp_path / "none"], "none/data.npz does not exist"),
         (["--ensemble", runs[0], runs[1]], "--out FOLDER go together"),
         ([runs[0], runs[1], "--out", tmp_path], "--out FOLDER go together"),
@@ -245,14 +298,20 @@ def test_what_cannot_be_compared_is_refused(runs, done, tmp_path):
     good = {"labels": np.zeros((60, 2), np.int32), "scores": np.full((60, 2), 0.5, np.float32)}
     for change, split, message in (
         ({}, "val", "is for the split val, expected test"),
-        ({"labels": np.zeros((59, 2), np.int32), "scores": np.zeros((59, 2))}, "test", "for 60 documents"),
+        (
+            {"labels": np.zeros((59, 2), np.int32), "scores": np.zeros((59, 2))},
+            "test",
+            "for 60 documents",
+        ),
         ({"labels": np.zeros((60, 3), np.int32)}, "test", "expected label ids"),
         ({"labels": np.full((60, 2), 40, np.int32)}, "test", "from -1 to 39"),
         ({"labels": np.full((60, 2), 0.5)}, "test", "expected label ids"),
         ({"scores": np.full((60, 2), -3.0)}, "test", "probabilities"),
         ({"scores": np.full((60, 2), np.nan)}, "test", "probabilities"),
     ):
-        save_npz(odd / "predictions.npz", stages.eval.Config(split=split), good | change, ("data.npz",))
+        save_npz(
+            odd / "predictions.npz", stages.eval.Config(split=split), good | change, ("data.npz",)
+        )
         with pytest.raises(UserError, match=message):
             compare.run(command(runs[0], odd))
 
@@ -277,9 +336,17 @@ def test_what_is_known_beforehand_must_be_the_same(runs, tmp_path):
 
 
 def test_command_line(runs):
-    failed = subprocess.run([sys.executable, "-m", "tools.compare", str(runs[0])], cwd=ROOT, capture_output=True,
-                            text=True)
-    assert failed.returncode == 2 and failed.stderr.startswith("compare.py: error: ") and not failed.stdout
+    failed = subprocess.run(
+        [sys.executable, "-m", "tools.compare", str(runs[0])],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+    )
+    assert (
+        failed.returncode == 2
+        and failed.stderr.startswith("compare.py: error: ")
+        and not failed.stdout
+    )
     assert failed.stderr.count("\n") == 1
 
 

@@ -1,4 +1,6 @@
-"""Stage 1 and the artifacts: batches against a loop, errors with their line, the same bytes from the same seed."""
+"""Stage 1 and the artifacts: batches against a loop, errors with their line, the same bytes from
+the same seed.
+"""
 
 import errno
 import importlib
@@ -27,7 +29,9 @@ data = stages.data
 
 
 def split_of(documents, labels):
-    offsets, label_offsets = (np.cumsum([0] + [len(row) for row in rows]) for rows in (documents, labels))
+    offsets, label_offsets = (
+        np.cumsum([0] + [len(row) for row in rows]) for rows in (documents, labels)
+    )
     flat = [np.array([x for row in rows for x in row], np.int32) for rows in (documents, labels)]
     return data.Split(flat[0], offsets, flat[1], label_offsets)
 
@@ -45,7 +49,9 @@ def test_batch_equals_a_loop_over_documents(documents, prefix, suffix, max_len, 
     labels = [sorted(rng.choice(20, rng.integers(0, 4), replace=False).tolist()) for _ in documents]
     meta = {"prefix": prefix, "suffix": suffix, "pad": 0}
     rows = rng.permutation(len(documents))
-    batch = data.Data({"train": split_of(documents, labels)}, [], meta).batch("train", rows, max_len)
+    batch = data.Data({"train": split_of(documents, labels)}, [], meta).batch(
+        "train", rows, max_len
+    )
     expected = [prefix + documents[i][: max_len - len(prefix) - len(suffix)] + suffix for i in rows]
     width = max(len(row) for row in expected)
     assert batch.ids_BT.tolist() == [row + [0] * (width - len(row)) for row in expected]
@@ -138,10 +144,15 @@ def test_a_long_text_without_blanks_is_known_to_its_end(text):
 
 def test_a_character_that_training_does_not_have_is_one_unknown_token():
     training = ["abcde edcba"] * 9
-    alone, before, within, long = tokens(training, ["ж", "жabc", "abжcde", "abcde" * 19 + "ж" + "edcba" * 19])
+    alone, before, within, long = tokens(
+        training, ["ж", "жabc", "abжcde", "abcde" * 19 + "ж" + "edcba" * 19]
+    )
     assert alone == ["[UNK]"]
-    for found, expected in ((before, "[UNK]abc"), (within, "ab[UNK]cde"),
-                            (long, "abcde" * 19 + "[UNK]" + "edcba" * 19)):
+    for found, expected in (
+        (before, "[UNK]abc"),
+        (within, "ab[UNK]cde"),
+        (long, "abcde" * 19 + "[UNK]" + "edcba" * 19),
+    ):
         assert "".join(found).replace("##", "") == expected
 
 
@@ -153,11 +164,15 @@ def test_characters_that_mean_something_to_regular_expressions_are_characters():
 
 def test_the_same_texts_give_the_same_tokeniser_in_another_process():
     texts = [" ".join(MARKS[name]) + UNSPACED["Thai"] + UNSPACED["emoji"] for name in MARKS]
-    program = ("import importlib, json, sys; data = importlib.import_module('01_data'); "
-               "made = data.train_tokenizer(lambda: json.loads(sys.argv[1]), 300); "
-               "print(made.backend_tokenizer.to_str())")
+    program = (
+        "import importlib, json, sys; data = importlib.import_module('01_data'); "
+        "made = data.train_tokenizer(lambda: json.loads(sys.argv[1]), 300); "
+        "print(made.backend_tokenizer.to_str())"
+    )
     command = [sys.executable, "-c", program, json.dumps(texts)]
-    first, second = (subprocess.run(command, cwd=ROOT, capture_output=True, check=True) for _ in range(2))
+    first, second = (
+        subprocess.run(command, cwd=ROOT, capture_output=True, check=True) for _ in range(2)
+    )
     assert first.stdout == second.stdout and len(first.stdout) > 1000
 
 
@@ -166,7 +181,9 @@ def stage_1(tmp_path, train, test, encoder="tiny"):
     folder = tmp_path / "corpus"
     folder.mkdir()
     for name, texts in (("train", train), ("val", train[:5]), ("test", test)):
-        write_jsonl(folder / f"{name}.jsonl.gz", [{"text": text, "labels": ["a label"]} for text in texts])
+        write_jsonl(
+            folder / f"{name}.jsonl.gz", [{"text": text, "labels": ["a label"]} for text in texts]
+        )
     run = str(tmp_path / "run")
     data.run(data.Config(run=run, corpus=str(folder), encoder=str(encoder), vocab=200))
     return data.load(run)
@@ -187,17 +204,31 @@ def test_many_unknown_tokens_of_a_trained_tokeniser_are_a_warning(tmp_path, caps
     assert "train" not in line.split(":")[2] and "add some that have them" in line
 
 
-def test_a_pretrained_tokeniser_that_makes_a_long_line_one_unknown_token_is_a_warning(tmp_path, capsys):
+def test_a_pretrained_tokeniser_that_makes_a_long_line_one_unknown_token_is_a_warning(
+    tmp_path, capsys
+):
     """Few tokens are unknown then, though nothing is left of the documents: one in fifty here."""
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "label", "word"]
-    encoder = Tokenizer(models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]"))
+    encoder = Tokenizer(
+        models.WordPiece({word: i for i, word in enumerate(words)}, unk_token="[UNK]")
+    )
     encoder.pre_tokenizer = pre_tokenizers.Whitespace()
-    special = {"pad_token": "[PAD]", "unk_token": "[UNK]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=encoder, **special).save_pretrained(tmp_path / "encoder")
+    special = {
+        "pad_token": "[PAD]",
+        "unk_token": "[UNK]",
+        "cls_token": "[CLS]",
+        "sep_token": "[SEP]",
+    }
+    transformers.PreTrainedTokenizerFast(tokenizer_object=encoder, **special).save_pretrained(
+        tmp_path / "encoder"
+    )
     train = ["word " * 30] * 98 + [UNSPACED["Thai"]] * 2
     stage_1(tmp_path, train, train, tmp_path / "encoder")
     (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("warning")]
-    assert "train 0.1% (2 of 100 texts are mostly that)" in line and "choose an --encoder made for" in line
+    assert (
+        "train 0.1% (2 of 100 texts are mostly that)" in line
+        and "choose an --encoder made for" in line
+    )
 
 
 def test_a_tokeniser_without_an_unknown_token_knows_everything(capsys):
@@ -211,7 +242,8 @@ def test_a_missing_validation_split_is_drawn_from_training(tmp_path, capsys):
     data.run(data.Config(run=str(tmp_path / "a"), corpus=str(corpus), vocab=400))
     data.run(data.Config(run=str(tmp_path / "b"), corpus=str(corpus), vocab=400, limit=100))
     a, b = (data.load(tmp_path / name).splits for name in "ab")
-    assert (len(a["train"]), len(a["val"])) == (294 - 29, 29)  # 6 of 300 have no labels and are dropped
+    # 6 of 300 have no labels and are dropped
+    assert (len(a["train"]), len(a["val"])) == (294 - 29, 29)
     assert (len(b["train"]), len(b["val"])) == (100, 29)
     assert np.array_equal(a["val"].labels, b["val"].labels)
     assert "note: 165 training documents beyond --limit, left out" in capsys.readouterr().out
@@ -219,13 +251,21 @@ def test_a_missing_validation_split_is_drawn_from_training(tmp_path, capsys):
 
 def test_drops_are_counted_and_printed(tmp_path, capsys):
     folder = make_corpus(tmp_path / "corpus")
-    rows = [{"text": "a b c", "labels": ["label-0", "label-0"]}, {"text": "  ", "labels": ["label-1"]},
-            {"text": "d e", "labels": []}, {"text": "f " * 40, "labels": ["label-2"]}]
+    rows = [
+        {"text": "a b c", "labels": ["label-0", "label-0"]},
+        {"text": "  ", "labels": ["label-1"]},
+        {"text": "d e", "labels": []},
+        {"text": "f " * 40, "labels": ["label-2"]},
+    ]
     write_jsonl(folder / "train.jsonl.gz", rows)
     data.run(data.Config(run=str(tmp_path / "run"), corpus=str(folder), max_tokens=30, vocab=100))
     printed = capsys.readouterr().out
-    for line in ("1 labels named twice in one document, taken once", "1 training documents without text, left out",
-                 "1 training documents without labels, left out", "1 train texts cut to 30 tokens"):
+    for line in (
+        "1 labels named twice in one document, taken once",
+        "1 training documents without text, left out",
+        "1 training documents without labels, left out",
+        "1 train texts cut to 30 tokens",
+    ):
         assert f"note: {line}\n" in printed
     assert len(data.load(tmp_path / "run").splits["train"]) == 2
 
@@ -236,8 +276,11 @@ def test_artifacts_that_do_not_belong_together_are_refused(tmp_path, corpus):
         stages.tree.run(stages.tree.Config(run=run))
     data.run(data.Config(run=run, corpus=str(corpus), vocab=400))
     stages.tree.run(stages.tree.Config(run=run))
-    data.run(data.Config(run=run, corpus=str(corpus), vocab=300))  # another vocabulary: the tree is out of date
-    with pytest.raises(UserError, match="tree.npz was made from a data.npz .* run: python 02_label_tree.py"):
+    # another vocabulary: the tree is out of date
+    data.run(data.Config(run=run, corpus=str(corpus), vocab=300))
+    with pytest.raises(
+        UserError, match="tree.npz was made from a data.npz .* run: python 02_label_tree.py"
+    ):
         stages.tree.load(run)
     (tmp_path / "data.npz").write_bytes((tmp_path / "data.npz").read_bytes()[:5000])
     with pytest.raises(UserError, match="data.npz cannot be read"):
@@ -266,7 +309,10 @@ def test_a_failed_write_leaves_the_old_artifact(tmp_path, done, monkeypatch):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(UserError, match="data.npz cannot be written .No space left on device.; what was there before"):
+    with pytest.raises(
+        UserError,
+        match="data.npz cannot be written .No space left on device.; what was there before",
+    ):
         save_npz(path, data.Config(), {"ids": np.zeros(9)})
     assert path.read_bytes() == (done / "data.npz").read_bytes()
     assert [p.name for p in tmp_path.iterdir()] == ["data.npz"]
@@ -289,7 +335,10 @@ def test_an_error_is_one_line_and_exit_code_2(tmp_path):
     command = [sys.executable, "02_label_tree.py", "--run", str(tmp_path)]
     failed = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert failed.returncode == 2 and failed.stdout == ""
-    line = f"02_label_tree.py: error: {tmp_path}/data.npz does not exist; run: python 01_data.py --run {tmp_path}"
+    line = (
+        f"02_label_tree.py: error: {tmp_path}/data.npz does not exist; "
+        f"run: python 01_data.py --run {tmp_path}"
+    )
     assert failed.stderr.splitlines()[-1] == line
 
 
@@ -298,10 +347,16 @@ def test_the_shipped_corpus_is_what_its_readme_says():
     assert sum(path.stat().st_size for path in folder.glob("*.gz")) <= 6.1e6
     corpus = data.formats.open_corpus(folder)
     names = [name for name, _ in corpus.labels]
-    rows = {split: [document.labels for document in read()] for split, read in corpus.documents.items()}
+    rows = {
+        split: [document.labels for document in read()] for split, read in corpus.documents.items()
+    }
     in_training = {label for labels in rows["train"] for label in labels}
     assert set(names) == in_training and len(names) == len(set(names))
-    assert {split: len(part) for split, part in rows.items()} == {"train": 37887, "val": 4590, "test": 4642}
+    assert {split: len(part) for split, part in rows.items()} == {
+        "train": 37887,
+        "val": 4590,
+        "test": 4642,
+    }
 
 
 def test_the_shipped_filters_are_the_labels_that_the_documents_are():
@@ -315,12 +370,20 @@ def test_the_shipped_filters_are_the_labels_that_the_documents_are():
         assert known.nnz == n
         for i, document in enumerate(documents):
             own = document.text.split(": ")[0]
-            listed = [names[label] for label in known.indices[known.indptr[i] : known.indptr[i + 1]]]
+            listed = [
+                names[label] for label in known.indices[known.indptr[i] : known.indptr[i + 1]]
+            ]
             assert listed == ([own] if own in is_label else []) and own not in document.labels
 
 
 def test_the_corpus_builder_says_which_documents_are_labels():
-    documents = [{"text": "b: one. more"}, {"text": "x: c. d"}, {"text": "a: two: b"}, {"text": "c"}, {"text": "b-c: "}]
+    documents = [
+        {"text": "b: one. more"},
+        {"text": "x: c. d"},
+        {"text": "a: two: b"},
+        {"text": "c"},
+        {"text": "b-c: "},
+    ]
     labels = [{"name": name} for name in ("a", "b", "c", "d")]
     assert build_debian.own_label_pairs(documents, labels) == [(0, 1), (2, 0), (3, 2)]
 
@@ -332,7 +395,9 @@ def test_the_filters_alone_can_be_written_anew(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["build_debian.py", "--only-filters", "--out", str(tmp_path)])
     build_debian.main()
     after = {path.name: sha256(path) for path in tmp_path.iterdir()}
-    assert after == before | {path.name: sha256(path) for path in (ROOT / "data" / "debian").glob("filter*")}
+    assert after == before | {
+        path.name: sha256(path) for path in (ROOT / "data" / "debian").glob("filter*")
+    }
     assert len(after) == 7
 
 
@@ -341,14 +406,28 @@ def test_the_corpus_builder_drops_what_it_says():
         fields = {"Package": name, "Depends": depends, "Description-md5": name}
         return fields | ({"Source": source} if source else {})
 
-    assert build_debian.dependencies(package("a", "b (>= 1) | c, d:any, a, e [amd64],")) == ["b", "d", "e"]
-    packages = [package(f"p{i}", "everywhere" + (", pair" if i < 3 else "") + (", lonely" if i in (5, 6) else ""),
-                        "one (1.0)" if i in (5, 6) else None) for i in range(100)]
+    assert build_debian.dependencies(package("a", "b (>= 1) | c, d:any, a, e [amd64],")) == [
+        "b",
+        "d",
+        "e",
+    ]
+    packages = [
+        package(
+            f"p{i}",
+            "everywhere" + (", pair" if i < 3 else "") + (", lonely" if i in (5, 6) else ""),
+            "one (1.0)" if i in (5, 6) else None,
+        )
+        for i in range(100)
+    ]
     said = []
-    rows = build_debian.build(packages, {f"p{i}": f"short {i}\n long\n .\n text" for i in range(100)}, said.append)
+    rows = build_debian.build(
+        packages, {f"p{i}": f"short {i}\n long\n .\n text" for i in range(100)}, said.append
+    )
     assert rows["labels"] == [{"name": "pair", "text": "pair"}]
     documents = rows["train"] + rows["val"] + rows["test"]
-    assert sorted(row["text"] for row in documents) == [f"p{i}: short {i}. long text" for i in range(3)]
+    assert sorted(row["text"] for row in documents) == [
+        f"p{i}: short {i}. long text" for i in range(3)
+    ]
     assert all(row["labels"] == ["pair"] for row in documents)
     assert "97 documents with no label left dropped" in " ".join(said)
 

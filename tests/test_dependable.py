@@ -1,4 +1,6 @@
-"""Nothing lost, nothing silent: kills, Ctrl-C, full disks, damaged artifacts, numbers that are no longer finite."""
+"""Nothing lost, nothing silent: kills, Ctrl-C, full disks, damaged artifacts, numbers that are no
+longer finite.
+"""
 
 import contextlib
 import json
@@ -49,7 +51,9 @@ def test_killed_at_any_moment():
 
 
 def heard() -> None:
-    """Whoever runs the tests in the background has them ignore Ctrl-C, and so would all that they start."""
+    """Whoever runs the tests in the background has them ignore Ctrl-C, and so would all that they
+    start.
+    """
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
@@ -71,17 +75,30 @@ def test_what_is_to_be_ignored_stays_ignored():
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_ctrl_c_saves_and_says_how_to_go_on(prepared, done, number):
-    flags = [part for key, value in (SMALL | {"run": prepared}).items()
-             for part in (f"--{key.replace('_', '-')}", str(value))]
-    process = subprocess.Popen([sys.executable, str(ROOT / "04_train.py"), *flags], stdout=subprocess.PIPE,
-                               stderr=subprocess.PIPE, text=True, bufsize=1, preexec_fn=heard)
+    flags = [
+        part
+        for key, value in (SMALL | {"run": prepared}).items()
+        for part in (f"--{key.replace('_', '-')}", str(value))
+    ]
+    process = subprocess.Popen(
+        [sys.executable, str(ROOT / "04_train.py"), *flags],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+        preexec_fn=heard,
+    )
     for line in process.stdout:
         if " step 2/" in line:
             process.send_signal(number)
             break
     _, said = process.communicate()
     assert process.returncode == 130, said
-    step = int(re.search(r"interrupted; a checkpoint was saved after step (\d+); go on with --resume", said)[1])
+    step = int(
+        re.search(
+            r"interrupted; a checkpoint was saved after step (\d+); go on with --resume", said
+        )[1]
+    )
     assert load_pt(prepared / "checkpoint.pt")[0]["step"] == step < 38
     train.run(config_of(prepared, resume=True))
     assert digest(prepared / "model.pt") == digest(done / "model.pt")
@@ -122,8 +139,11 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(prepared, done, monke
     newest.write_bytes(content)
     train.run(config_of(prepared, resume=True))
     printed = capsys.readouterr().out
-    assert re.search(r"checkpoint.pt is damaged: expected content with sha256 \w+, found \w+; taking the checkpoint "
-                     "before it, of step 24", printed)
+    assert re.search(
+        r"checkpoint.pt is damaged: expected content with sha256 \w+, found \w+; "
+        "taking the checkpoint before it, of step 24",
+        printed,
+    )
     assert "going on after step 24, in epoch 2 of 2" in printed
     for name in ("model.pt", "checkpoint.pt"):
         assert digest(prepared / name) == digest(done / name)
@@ -134,7 +154,9 @@ def test_a_corrupt_checkpoint_falls_back_to_the_one_before(prepared, done, monke
 
 
 def test_a_damaged_checkpoint_does_not_push_out_the_whole_one(prepared, done, monkeypatch):
-    """The newest is damaged, the one before is taken, and the next save is killed between its two renames."""
+    """The newest is damaged, the one before is taken, and the next save is killed between its two
+    renames.
+    """
     with stopped_at(monkeypatch, 25):
         train.run(config_of(prepared, save_every=4))
     (prepared / "checkpoint.pt").write_bytes(b"damaged")
@@ -160,7 +182,10 @@ def test_a_missing_best_model_is_made_again(prepared, monkeypatch, capsys):
         train.run(config_of(prepared))
     (prepared / "model.pt").write_bytes(b"damaged")
     train.run(config_of(prepared, resume=True))
-    assert re.search("model.pt cannot be read .*; the next epoch counts as the best so far", capsys.readouterr().out)
+    assert re.search(
+        "model.pt cannot be read .*; the next epoch counts as the best so far",
+        capsys.readouterr().out,
+    )
     assert digest(prepared / "model.pt")
 
 
@@ -201,7 +226,9 @@ def test_a_finished_run_resumed_has_nothing_left_to_do(copied, capsys):
 
 @pytest.mark.parametrize("name", ARTIFACTS)
 def test_a_flipped_bit_or_a_missing_end_is_found(copied, name):
-    """Wherever it is: the artifact is refused with its name and the command, or nothing that it says has changed."""
+    """Wherever it is: the artifact is refused with its name and the command, or nothing that it
+    says has changed.
+    """
     path, rng, refused = copied / name, np.random.default_rng(0), 0
     whole, expected = path.read_bytes(), digest(path)
     for place in rng.integers(0, len(whole), 60):
@@ -226,20 +253,31 @@ def test_artifacts_of_another_run_are_refused(copied, tmp_path, corpus):
     stages.data.run(stages.data.Config(run=str(other), corpus=str(corpus), vocab=300))
     stages.tree.run(stages.tree.Config(run=str(other), levels="8", seed=5))
     train.run(train.Config(run=str(other), **SMALL | {"epochs": 1}))
-    for name, inputs in (("tree.npz", "data.npz"), ("model.pt", "data.npz"), ("checkpoint.pt", "data.npz")):
+    for name, inputs in (
+        ("tree.npz", "data.npz"),
+        ("model.pt", "data.npz"),
+        ("checkpoint.pt", "data.npz"),
+    ):
         kept = (copied / name).read_bytes()
         shutil.copy(other / name, copied)
-        with pytest.raises(UserError, match=f"{name} was made from a {inputs} with sha256 .*, found .*; run: python"):
+        with pytest.raises(
+            UserError,
+            match=f"{name} was made from a {inputs} with sha256 .*, found .*; run: python",
+        ):
             digest(copied / name)
         (copied / name).write_bytes(kept)
     stages.tree.run(stages.tree.Config(run=str(copied), levels="8", seed=5))
-    with pytest.raises(UserError, match="model.pt was made from a tree.npz .*; run: python 04_train.py"):
+    with pytest.raises(
+        UserError, match="model.pt was made from a tree.npz .*; run: python 04_train.py"
+    ):
         stages.eval.run(stages.eval.Config(run=str(copied)))
 
 
 def test_an_artifact_of_version_1_is_refused(prepared):
     shutil.copy(ROOT / "tests" / "version1" / "tree.npz", prepared)
-    with pytest.raises(UserError, match="tree.npz has format 1, expected 3; run: python 02_label_tree.py --run"):
+    with pytest.raises(
+        UserError, match="tree.npz has format 1, expected 3; run: python 02_label_tree.py --run"
+    ):
         stages.tree.load(prepared)
 
 
@@ -266,15 +304,25 @@ def limited(limit: int, bound: int, run) -> tuple[int, str]:
     return os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]), said
 
 
-@pytest.mark.parametrize(("name", "most"), [("tree.npz", 1500), ("model.pt", 30000), ("predictions.npz", 3000)])
+@pytest.mark.parametrize(
+    ("name", "most"), [("tree.npz", 1500), ("model.pt", 30000), ("predictions.npz", 3000)]
+)
 def test_a_file_that_cannot_grow_leaves_what_was_there(copied, name, most):
     before = {path.name: path.read_bytes() for path in copied.iterdir()}
-    run = {"tree.npz": lambda: stages.tree.run(stages.tree.Config(run=str(copied), levels="8", seed=1)),
-           "model.pt": lambda: train.run(config_of(copied, seed=1)),
-           "predictions.npz": lambda: stages.eval.run(stages.eval.Config(run=str(copied), k=30))}[name]
+    run = {
+        "tree.npz": lambda: stages.tree.run(
+            stages.tree.Config(run=str(copied), levels="8", seed=1)
+        ),
+        "model.pt": lambda: train.run(config_of(copied, seed=1)),
+        "predictions.npz": lambda: stages.eval.run(stages.eval.Config(run=str(copied), k=30)),
+    }[name]
     code, said = limited(resource.RLIMIT_FSIZE, most, run)
-    assert code == 2 and f"{name} cannot be written (File too large); what was there before is as it was" in said
-    lost = {"checkpoint.pt", "checkpoint.previous.pt"} if name == "model.pt" else set()  # of the run before: it says so
+    assert (
+        code == 2
+        and f"{name} cannot be written (File too large); what was there before is as it was" in said
+    )
+    # of the run before: it says so
+    lost = {"checkpoint.pt", "checkpoint.previous.pt"} if name == "model.pt" else set()
     assert {path.name for path in copied.iterdir()} == set(before) - lost
     for path in copied.iterdir():
         assert path.name == "log.jsonl" or path.read_bytes() == before[path.name]
@@ -284,20 +332,28 @@ def test_a_file_that_cannot_grow_leaves_what_was_there(copied, name, most):
 def test_a_full_disk_and_a_read_only_one(tmp_path, prepared):
     small = tmp_path / "small"
     small.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(small)], capture_output=True).returncode:
+    if subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", "size=512k", "none", str(small)], capture_output=True
+    ).returncode:
         pytest.skip("needs the right to mount a small file system")
     try:
         for name in ("data.npz", "tree.npz"):
             shutil.copy(prepared / name, small)
-        with pytest.raises(UserError, match="this stage writes about .* MiB, .* MiB are free; make room, or choose"):
+        with pytest.raises(
+            UserError, match="this stage writes about .* MiB, .* MiB are free; make room, or choose"
+        ):
             train.run(config_of(small, tiny="2,128"))
-        (small / "ballast").write_bytes(bytes(os.statvfs(small).f_bavail * os.statvfs(small).f_frsize))
+        (small / "ballast").write_bytes(
+            bytes(os.statvfs(small).f_bavail * os.statvfs(small).f_frsize)
+        )
         with pytest.raises(UserError, match="No space left on device|MiB are free"):
             stages.tree.run(stages.tree.Config(run=str(small), levels="4"))
         assert sorted(path.name for path in small.iterdir()) == ["ballast", "data.npz", "tree.npz"]
         assert digest(small / "tree.npz") == digest(prepared / "tree.npz")
         subprocess.run(["mount", "-o", "remount,ro", str(small)], check=True)
-        with pytest.raises(UserError, match="cannot be written to .*Read-only file system.*; choose another folder"):
+        with pytest.raises(
+            UserError, match="cannot be written to .*Read-only file system.*; choose another folder"
+        ):
             stages.tree.run(stages.tree.Config(run=str(small), levels="4"))
     finally:
         subprocess.run(["umount", str(small)], check=True)
@@ -309,11 +365,16 @@ def test_out_of_memory_says_what_was_big_and_what_lowers_it(prepared):
 
     used = int(Path("/proc/self/statm").read_text().split()[0]) * os.sysconf("SC_PAGE_SIZE")
     code, said = limited(resource.RLIMIT_AS, used + 2**30, run)
-    assert code == 2 and re.search(r"out of memory .* with 40 labels; lower --batch-size 300 .documents in a batch., "
-                                   "--max-len 32 .*, --topk 4 .*; --label-bf16 halves", said), said
+    assert code == 2 and re.search(
+        r"out of memory .* with 40 labels; lower --batch-size 300 .documents in a batch., "
+        "--max-len 32 .*, --topk 4 .*; --label-bf16 halves",
+        said,
+    ), said
 
 
-def test_a_loss_that_is_not_finite_stops_within_a_step_and_keeps_the_checkpoint(prepared, monkeypatch):
+def test_a_loss_that_is_not_finite_stops_within_a_step_and_keeps_the_checkpoint(
+    prepared, monkeypatch
+):
     """From the ninth batch on the second level gives nan; seen one step later at the latest."""
     loss, calls = stages.model.Cascade.loss, []
 
@@ -324,7 +385,9 @@ def test_a_loss_that_is_not_finite_stops_within_a_step_and_keeps_the_checkpoint(
 
     monkeypatch.setattr(stages.model.Cascade, "loss", broken)
     monkeypatch.setattr(train, "INTERVALS", 1)
-    message = "level 2 of 2 is no longer finite: step 9, learning rate 1.0e-02, largest weight .*; the ch"
+    message = (
+        "level 2 of 2 is no longer finite: step 9, learning rate 1.0e-02, largest weight .*; the ch"
+    )
     with pytest.raises(UserError, match=message):
         train.run(config_of(prepared, save_every=4))
     assert len(calls) == 10
@@ -333,7 +396,9 @@ def test_a_loss_that_is_not_finite_stops_within_a_step_and_keeps_the_checkpoint(
 
 
 def test_a_gradient_that_is_not_finite_stops_too(prepared, monkeypatch):
-    monkeypatch.setattr(torch.nn.utils, "clip_grad_norm_", lambda parameters, most: torch.tensor(torch.inf))
+    monkeypatch.setattr(
+        torch.nn.utils, "clip_grad_norm_", lambda parameters, most: torch.tensor(torch.inf)
+    )
     with pytest.raises(UserError, match="the gradient is no longer finite: step 1"):
         train.run(config_of(prepared))
 
@@ -341,22 +406,49 @@ def test_a_gradient_that_is_not_finite_stops_too(prepared, monkeypatch):
 def test_fp16_overflow_is_skipped_by_the_scaler_and_counted(prepared, monkeypatch):
     """The scaler starts so high that early steps overflow."""
     scaler = torch.amp.GradScaler
-    monkeypatch.setattr(torch.amp, "GradScaler",
-                        lambda kind, enabled: scaler(kind, init_scale=2.0**26, enabled=enabled))
+    monkeypatch.setattr(
+        torch.amp,
+        "GradScaler",
+        lambda kind, enabled: scaler(kind, init_scale=2.0**26, enabled=enabled),
+    )
     train.run(config_of(prepared, amp="fp16"))
-    skipped = [record["skipped"] for record in map(json.loads, (prepared / "log.jsonl").read_text().splitlines())
-               if "loss" in record]
+    skipped = [
+        record["skipped"]
+        for record in map(json.loads, (prepared / "log.jsonl").read_text().splitlines())
+        if "loss" in record
+    ]
     assert skipped == sorted(skipped) and 1 < skipped[-1] < len(skipped) // 2
-    assert all(value.isfinite().all() for value in load_pt(prepared / "model.pt")[0]["model"].values())
+    assert all(
+        value.isfinite().all() for value in load_pt(prepared / "model.pt")[0]["model"].values()
+    )
 
 
 def test_a_run_can_be_watched(done):
     records = [json.loads(line) for line in (done / "log.jsonl").read_text().splitlines()]
-    assert {"phase", "epoch", "epochs", "step", "total", "loss", "lr", "grad_norm", "batches_per_s",
-            "surplus"} == set(records[0])
+    assert {
+        "phase",
+        "epoch",
+        "epochs",
+        "step",
+        "total",
+        "loss",
+        "lr",
+        "grad_norm",
+        "batches_per_s",
+        "surplus",
+    } == set(records[0])
     assert all(record["grad_norm"] > 0 for record in records if "loss" in record)
     assert [record["epoch"] for record in records if "validation" in record] == [1, 2]
-    command = [sys.executable, str(ROOT / "03_model.py"), "--run", str(done), "--tiny", "1,32", "--topk", "4"]
+    command = [
+        sys.executable,
+        str(ROOT / "03_model.py"),
+        "--run",
+        str(done),
+        "--tiny",
+        "1,32",
+        "--topk",
+        "4",
+    ]
     printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     assert re.search(r"\[03_model.py took \d+ s, at the peak 0\.\d GiB of memory", printed)
 
@@ -369,8 +461,13 @@ def huge_pages() -> bool:
 @pytest.mark.skipif(not huge_pages(), reason="needs a Linux that offers huge pages")
 def test_big_tensors_lie_in_huge_pages():
     """Nothing that the stages import may make a tensor before they are asked for."""
-    code = ("import torch; from plumbing.stages import load_stages; from plumbing.precision import set_up_torch;"
-            "load_stages(); set_up_torch(); big = torch.ones(2**26);"
-            "print(*[line for line in open('/proc/self/smaps_rollup') if 'AnonHugePages' in line])")
-    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    code = (
+        "import torch; from plumbing.stages import load_stages; "
+        "from plumbing.precision import set_up_torch; "
+        "load_stages(); set_up_torch(); big = torch.ones(2**26);"
+        "print(*[line for line in open('/proc/self/smaps_rollup') if 'AnonHugePages' in line])"
+    )
+    out = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout
     assert int(out.split()[1]) > 2**17

@@ -1,4 +1,6 @@
-"""data/derive.py: what it makes is read again and compared with what was asked for; what it refuses, and how."""
+"""data/derive.py: what it makes is read again and compared with what was asked for; what it
+refuses, and how.
+"""
 
 import json
 import random
@@ -43,7 +45,21 @@ def test_a_sample_of_every_layout_has_the_documents_drawn_in_the_order_drawn(tmp
     source = tmp_path / "source"
     source.mkdir()
     make(source)
-    made("sample", "--source", source, "--out", tmp_path / "out", "--train", 7, "--val", 3, "--test", 8, "--seed", 5)
+    made(
+        "sample",
+        "--source",
+        source,
+        "--out",
+        tmp_path / "out",
+        "--train",
+        7,
+        "--val",
+        3,
+        "--test",
+        8,
+        "--seed",
+        5,
+    )
     before, after = content(source), content(tmp_path / "out")
     assert list(after) == ["train", "val", "test"]
     for split, size in SIZES.items():
@@ -59,12 +75,26 @@ def test_filter_pairs_go_along_with_their_documents(tmp_path):
     test_formats.text_pairs(source)
     test_formats.write(source / "filter_labels_test.txt", ["0 1", "0 4", "2 8", "5 0", "7 3"])
     test_formats.write(source / "filter_labels_dev.txt", ["1 1"], zipped=True)
-    made("sample", "--source", source, "--out", tmp_path / "out", "--train", 7, "--val", 6, "--test", 4)
+    made(
+        "sample",
+        "--source",
+        source,
+        "--out",
+        tmp_path / "out",
+        "--train",
+        7,
+        "--val",
+        6,
+        "--test",
+        4,
+    )
     drawn = random.Random(0).sample(range(8), 4)
     known = {0: [1, 4], 2: [8], 5: [0], 7: [3]}
     expected = [[new, label] for new, old in enumerate(drawn) for label in known.get(old, [])]
     assert pairs(tmp_path / "out" / "filter_labels_test.txt.gz") == expected and len(expected) > 1
-    assert pairs(tmp_path / "out" / "filter_labels_val.txt.gz") == [[random.Random(0).sample(range(6), 6).index(1), 1]]
+    assert pairs(tmp_path / "out" / "filter_labels_val.txt.gz") == [
+        [random.Random(0).sample(range(6), 6).index(1), 1]
+    ]
     assert not (tmp_path / "out" / "filter_labels_train.txt.gz").exists()
 
 
@@ -74,22 +104,42 @@ def test_labels_whose_names_repeat_are_told_apart_by_their_ids(tmp_path):
     test_formats.text_pairs(source)
     names = ["bank", "river", "bank", "money"] + [f"label {i}" for i in range(5)]
     test_formats.write(source / "label_texts.txt", names)
-    made("sample", "--source", source, "--out", tmp_path / "out", "--train", 30, "--val", 0, "--test", 8)
+    made(
+        "sample",
+        "--source",
+        source,
+        "--out",
+        tmp_path / "out",
+        "--train",
+        30,
+        "--val",
+        0,
+        "--test",
+        8,
+    )
     before, after = formats.open_corpus(source), formats.open_corpus(tmp_path / "out")
     assert after.labels == before.labels and "val" not in after.documents
     for split, n in (("train", 30), ("test", 8)):
         rows = [document.labels for document in before.documents[split]()]
         drawn = random.Random(0).sample(range(n), n)
-        assert [document.labels for document in after.documents[split]()] == [rows[line] for line in drawn]
-    stages.data.run(stages.data.Config(run=str(tmp_path / "run"), corpus=str(tmp_path / "out"), vocab=150))
+        assert [document.labels for document in after.documents[split]()] == [
+            rows[line] for line in drawn
+        ]
+    stages.data.run(
+        stages.data.Config(run=str(tmp_path / "run"), corpus=str(tmp_path / "out"), vocab=150)
+    )
     assert stages.data.load(tmp_path / "run").names == names
 
 
-@pytest.mark.parametrize("command", [
-    ["sample", "--train", 7, "--val", 3, "--test", 2],
-    ["eurlex-titles"],
-    ["debian-short"],
-], ids=lambda words: words[0])
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["sample", "--train", 7, "--val", 3, "--test", 2],
+        ["eurlex-titles"],
+        ["debian-short"],
+    ],
+    ids=lambda words: words[0],
+)
 def test_the_same_command_gives_the_same_bytes(tmp_path, command):
     source = tmp_path / "source"
     source.mkdir()
@@ -97,14 +147,26 @@ def test_the_same_command_gives_the_same_bytes(tmp_path, command):
     make(source)
     for out in ("first", "second"):
         made(*command, "--source", source, "--out", tmp_path / out)
-    first, second = ({path.name: sha256(path) for path in (tmp_path / out).iterdir()} for out in ("first", "second"))
+    first, second = (
+        {path.name: sha256(path) for path in (tmp_path / out).iterdir()}
+        for out in ("first", "second")
+    )
     assert first == second and len(first) == 4
 
 
 def write_eurlex(folder, split, name, celex_id, title, concepts) -> None:
     (folder / split).mkdir(parents=True, exist_ok=True)
-    row = {"celex_id": celex_id, "uri": "", "type": "Decision", "title": title, "header": "the header",
-           "recitals": "some", "main_body": ["one", "two"], "attachments": "none", "concepts": concepts}
+    row = {
+        "celex_id": celex_id,
+        "uri": "",
+        "type": "Decision",
+        "title": title,
+        "header": "the header",
+        "recitals": "some",
+        "main_body": ["one", "two"],
+        "attachments": "none",
+        "concepts": concepts,
+    }
     (folder / split / f"{name}.json").write_text(json.dumps(row), encoding="utf-8")
 
 
@@ -115,11 +177,17 @@ def test_eurlex_titles_are_sorted_by_celex_id_and_have_nothing_but_the_title(tmp
     write_eurlex(source, "train", "3", "31990D0001", "Decision", ["20"])
     write_eurlex(source, "dev", "4", "31970L0003", "Directive", ["c_9"])
     write_eurlex(source, "test", "5", "31999R0004", "", ["100", "20"])
-    concepts = {concept: {"label": f"what {concept} is"} for concept in ("1309", "20", "100", "c_9", "7")}
+    concepts = {
+        concept: {"label": f"what {concept} is"} for concept in ("1309", "20", "100", "c_9", "7")
+    }
     (source / "EURLEX57K.json").write_text(json.dumps(concepts))
     made("eurlex-titles", "--source", source, "--out", tmp_path / "out")
     assert content(tmp_path / "out") == {
-        "train": [("Decision", ["20"]), ("Décision", ["100"]), ("Regulation on fruit", ["1309", "20"])],
+        "train": [
+            ("Decision", ["20"]),
+            ("Décision", ["100"]),
+            ("Regulation on fruit", ["1309", "20"]),
+        ],
         "val": [("Directive", ["c_9"])],
         "test": [("", ["100", "20"])],
     }
@@ -129,12 +197,24 @@ def test_eurlex_titles_are_sorted_by_celex_id_and_have_nothing_but_the_title(tmp
 
 
 SHORT = {
-    "what is no label ends at the first full stop": ("x: reads files. It does. More.", "x: reads files."),
-    "a full stop within a word ends nothing": ("x: needs Python 3.11 or so. Long.", "x: needs Python 3.11 or so."),
-    "a label's own text says where it ends": ("lib: an OS (e.g. Linux). Long.", "lib: an OS (e.g. Linux)."),
+    "what is no label ends at the first full stop": (
+        "x: reads files. It does. More.",
+        "x: reads files.",
+    ),
+    "a full stop within a word ends nothing": (
+        "x: needs Python 3.11 or so. Long.",
+        "x: needs Python 3.11 or so.",
+    ),
+    "a label's own text says where it ends": (
+        "lib: an OS (e.g. Linux). Long.",
+        "lib: an OS (e.g. Linux).",
+    ),
     "blanks in a label's text are single ones": ("two: some blanks. Long.", "two: some blanks."),
     "there may be no long description": ("x: reads files.", "x: reads files."),
-    "a label that only has a name": ("virtual: not in the index. Long.", "virtual: not in the index."),
+    "a label that only has a name": (
+        "virtual: not in the index. Long.",
+        "virtual: not in the index.",
+    ),
     "a full stop of the short description stays": ("x: reads files.. Long.", "x: reads files.."),
     "a text that was cut has no full stop": ("x: reads", "x: reads."),
 }
@@ -163,13 +243,27 @@ def test_debian_short_changes_nothing_but_the_texts(tmp_path):
 
 
 REFUSED = [
-    (["sample", "--source", "{}/nowhere"], "--source .*/nowhere: no such folder; name the folder of a corpus"),
+    (
+        ["sample", "--source", "{}/nowhere"],
+        "--source .*/nowhere: no such folder; name the folder of a corpus",
+    ),
     (["sample", "--source", "{}/empty"], "no corpus is recognised, found nothing"),
-    (["sample", "--source", "{}/source", "--train", "31"],
-     "--train 31: .*/source has 30 train documents; ask for at most so many"),
-    (["sample", "--source", "{}/source", "--train", "1", "--val", "7"], "--val 7: .* has 6 val documents"),
-    (["sample", "--source", "{}/noval", "--train", "1"], "--val 1000: .* has no val split; give --val 0"),
-    (["eurlex-titles", "--source", "{}/source"], "source looks like JSON lines; expected EURLEX57K as its authors"),
+    (
+        ["sample", "--source", "{}/source", "--train", "31"],
+        "--train 31: .*/source has 30 train documents; ask for at most so many",
+    ),
+    (
+        ["sample", "--source", "{}/source", "--train", "1", "--val", "7"],
+        "--val 7: .* has 6 val documents",
+    ),
+    (
+        ["sample", "--source", "{}/noval", "--train", "1"],
+        "--val 1000: .* has no val split; give --val 0",
+    ),
+    (
+        ["eurlex-titles", "--source", "{}/source"],
+        "source looks like JSON lines; expected EURLEX57K as its authors",
+    ),
     (["debian-short", "--source", "{}/noval"], "noval is not as data/build_debian.py writes it"),
 ]
 
@@ -191,9 +285,23 @@ def test_an_id_that_is_no_label_is_named(tmp_path):
     source = tmp_path / "source"
     source.mkdir()
     test_formats.lf(source, zipped=False)
-    test_formats.spoil(source / "tst.json", lambda text: text.replace('_ind": [', '_ind": [99, ', 1))
+    test_formats.spoil(
+        source / "tst.json", lambda text: text.replace('_ind": [', '_ind": [99, ', 1)
+    )
     with pytest.raises(UserError, match="tst.json line 1: label 99 is not among the 9 labels"):
-        made("sample", "--source", source, "--out", tmp_path / "out", "--train", 9, "--val", 1, "--test", 8)
+        made(
+            "sample",
+            "--source",
+            source,
+            "--out",
+            tmp_path / "out",
+            "--train",
+            9,
+            "--val",
+            1,
+            "--test",
+            8,
+        )
 
 
 def test_nothing_that_is_there_is_overwritten(tmp_path):
@@ -203,11 +311,16 @@ def test_nothing_that_is_there_is_overwritten(tmp_path):
     test_formats.json_lines(source)
     command = ["sample", "--source", source, "--train", 7, "--val", 3, "--test", 2, "--out"]
     (out / "notes.txt").write_text("mine")
-    for place, said in ((out, "out is not empty, and nothing is overwritten; name another folder"),
-                        (source, "source is not empty"), (out / "notes.txt", "notes.txt is a file")):
+    for place, said in (
+        (out, "out is not empty, and nothing is overwritten; name another folder"),
+        (source, "source is not empty"),
+        (out / "notes.txt", "notes.txt is a file"),
+    ):
         with pytest.raises(UserError, match=said):
             made(*command, place)
-    assert [path.name for path in out.iterdir()] == ["notes.txt"] and len(list(source.iterdir())) == 4
+    assert [path.name for path in out.iterdir()] == ["notes.txt"] and len(
+        list(source.iterdir())
+    ) == 4
     (out / "notes.txt").unlink()
     made(*command, out)  # a folder that is empty is no loss
 
@@ -233,11 +346,27 @@ def test_the_command_line_from_any_folder(tmp_path):
     (tmp_path / "source").mkdir()
     for split in ("train", "test"):
         write_jsonl(tmp_path / "source" / f"{split}.jsonl.gz", rows)
-    command = [sys.executable, str(ROOT / "data" / "derive.py"), "sample", "--source", "source", "--out", "out",
-               "--train", "9", "--val", "0"]
+    command = [
+        sys.executable,
+        str(ROOT / "data" / "derive.py"),
+        "sample",
+        "--source",
+        "source",
+        "--out",
+        "out",
+        "--train",
+        "9",
+        "--val",
+        "0",
+    ]
     failed = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
     assert failed.returncode == 2 and not failed.stdout
-    assert failed.stderr == ("derive.py: error: --test 1000: source has 9 test documents; ask for at most so many\n")
+    assert failed.stderr == (
+        "derive.py: error: --test 1000: source has 9 test documents; ask for at most so many\n"
+    )
     done = subprocess.run([*command, "--test", "2"], cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "train         9 documents   5.0 words each" in done.stdout and "out: 1 labels" in done.stdout
+    assert (
+        "train         9 documents   5.0 words each" in done.stdout
+        and "out: 1 labels" in done.stdout
+    )

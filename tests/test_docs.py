@@ -12,14 +12,24 @@ from conftest import ROOT, make_corpus, stages
 from plumbing.store import load_pt
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
-MARKDOWN = [ROOT / "README.md", *PAGES, ROOT / "bench" / "README.md", ROOT / "variants" / "README.md"]
+MARKDOWN = [
+    ROOT / "README.md",
+    *PAGES,
+    ROOT / "bench" / "README.md",
+    ROOT / "variants" / "README.md",
+]
 SMALL = ["--tiny", "1,32", "--epochs", "1", "--amp", "off", "--batch-size", "16", "--max-len", "32"]
 
 
 def python(*words, **environment) -> str:
     """What a command prints; a failure shows its errors."""
-    done = subprocess.run([sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | environment)
+    done = subprocess.run(
+        [sys.executable, *map(str, words)],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        env=os.environ | environment,
+    )
     assert done.returncode == 0, done.stderr
     return done.stdout
 
@@ -37,7 +47,9 @@ def run(tmp_path_factory):
 def blocks_of_forking() -> dict[str, str]:
     """{heading: the Python block below it} of docs/forking.md."""
     page = (ROOT / "docs" / "forking.md").read_text()
-    found = re.findall(r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", page, flags=re.DOTALL | re.MULTILINE)
+    found = re.findall(
+        r"^## ([^\n]+)\n(?:(?!^## ).)*?```python\n(.*?)```", page, flags=re.DOTALL | re.MULTILINE
+    )
     return dict(found)
 
 
@@ -49,7 +61,12 @@ def start(name: str, run, *flags) -> str:
 
 
 def test_there_is_an_example_for_each_part_that_forks_change():
-    assert list(blocks_of_forking()) == ["Another loss", "Other negatives", "Another tree", "Another encoder"]
+    assert list(blocks_of_forking()) == [
+        "Another loss",
+        "Other negatives",
+        "Another tree",
+        "Another encoder",
+    ]
 
 
 @pytest.mark.parametrize("name", ["Another loss", "Other negatives"])

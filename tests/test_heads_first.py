@@ -1,5 +1,6 @@
-"""Heads first: a pretrained encoder's features are cached, centred, and the heads are trained on them before the
-encoder learns. And the pretrained recipe as a whole, with an encoder that has dead features."""
+"""Heads first: a pretrained encoder's features are cached, centred, and the heads are trained on
+them before the encoder learns. And the pretrained recipe as a whole, with an encoder that has dead
+features."""
 
 import json
 import os
@@ -20,16 +21,29 @@ from plumbing.store import load_npz, load_pt
 train = stages.train
 DEAD = {3: 0.0, 5: 1e-33}  # features of the last layer, and the gain that makes them so
 SETTINGS = {
-    "pooling": "mean", "max_len": 32, "batch_size": 16, "topk": "4", "amp": "off", "head_epochs": 2, "epochs": 2,
+    "pooling": "mean",
+    "max_len": 32,
+    "batch_size": 16,
+    "topk": "4",
+    "amp": "off",
+    "head_epochs": 2,
+    "epochs": 2,
 }
 
 
 def save_encoder(folder, texts):
-    """A small random BERT with features that are always zero, as all-MiniLM-L6-v2 has them, and its tokeniser."""
+    """A small random BERT with features that are always zero, as all-MiniLM-L6-v2 has them, and its
+    tokeniser.
+    """
     tokenizer = stages.data.train_tokenizer(lambda: texts, 400)
     tokenizer.save_pretrained(folder)
     torch.manual_seed(0)
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "intermediate_size": 32,
+    }
     model = transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **shape))
     norm = model.encoder.layer[-1].output.LayerNorm
     with torch.no_grad():
@@ -61,7 +75,9 @@ def run(pretrained, tmp_path):
 
 
 def config_of(run, **changes):
-    return train.Config(run=str(run), **{**SETTINGS, "lr": 1e-3, "lr_encoder": 1e-4, "head_lr": 5e-3, **changes})
+    return train.Config(
+        run=str(run), **{**SETTINGS, "lr": 1e-3, "lr_encoder": 1e-4, "head_lr": 5e-3, **changes}
+    )
 
 
 def built(run, **changes):
@@ -100,7 +116,8 @@ def test_centred_features_have_mean_zero_and_one_scale_for_each_hidden_state(run
     for x_ND in (x.detach() for x in model.eval().features(seen.batch("train", rows, 32))[-1:]):
         torch.testing.assert_close(x_ND.mean(0), torch.zeros(16), atol=1e-3, rtol=0)
         assert float(x_ND.square().mean()) == pytest.approx(1, abs=1e-3)
-        assert (x_ND[:, list(DEAD)] == 0).all()  # one scale per feature would make infinities of these
+        # one scale per feature would make infinities of these
+        assert (x_ND[:, list(DEAD)] == 0).all()
     assert model.scale_H.shape == (2,) and (model.scale_H > 0).all()
 
 
@@ -123,13 +140,16 @@ def test_the_heads_alone_leave_the_encoder_as_it_was_and_learn(run):
     untrained, data, _ = built(run)
     train.run(config_of(run, epochs=0, head_epochs=4))
     model, _, _ = train.load(run, data)
-    for (name, before), after in zip(untrained.encoder.named_parameters(), model.encoder.parameters(), strict=True):
+    for (name, before), after in zip(
+        untrained.encoder.named_parameters(), model.encoder.parameters(), strict=True
+    ):
         assert torch.equal(before, after), name
     validations = [record for record in records(run) if "validation" in record]
     assert [record["phase"] for record in validations] == ["heads"] * 4
     scores = [sum(record["validation"]["P"][record["ranking"]]) for record in validations]
     assert max(scores[1:]) > scores[0]
-    stages.eval.run(stages.eval.Config(run=str(run), k=20))  # and what was cached is not needed any more
+    # and what was cached is not needed any more
+    stages.eval.run(stages.eval.Config(run=str(run), k=20))
 
 
 def test_the_log_counts_the_steps_of_both_phases(run):
@@ -138,14 +158,26 @@ def test_the_log_counts_the_steps_of_both_phases(run):
     assert [record["step"] for record in steps] == list(range(1, 3 * 19 + 1))
     assert {record["total"] for record in steps if record["phase"] == "heads"} == {19}
     assert {record["total"] for record in steps if record["phase"] == "all"} == {57}
-    assert [record["phase"] for record in records(run) if "validation" in record] == ["heads", "all", "all"]
+    assert [record["phase"] for record in records(run) if "validation" in record] == [
+        "heads",
+        "all",
+        "all",
+    ]
 
 
 def test_the_encoder_goes_on_from_where_the_heads_are(run):
-    """The first loss end to end is about the last one of the heads, not that of heads that know nothing."""
+    """The first loss end to end is about the last one of the heads, not that of heads that know
+    nothing.
+    """
     train.run(config_of(run, head_epochs=20, epochs=1))
-    phases = {phase: [sum(record["loss"]) for record in records(run) if "loss" in record and record["phase"] == phase]
-              for phase in ("heads", "all")}
+    phases = {
+        phase: [
+            sum(record["loss"])
+            for record in records(run)
+            if "loss" in record and record["phase"] == phase
+        ]
+        for phase in ("heads", "all")
+    }
     assert np.mean(phases["all"][:4]) < 0.5 * (phases["heads"][0] + np.mean(phases["heads"][-4:]))
 
 
@@ -159,7 +191,10 @@ def test_too_little_room_for_the_cache_is_said_before_anything_is_removed(run, m
     before = {path.name: path.read_bytes() for path in run.iterdir()}
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(1, 1, 1000))
-    with pytest.raises(UserError, match=r"MiB are free; make room, .*features for the heads, \d+ MiB: --head-epochs 0"):
+    with pytest.raises(
+        UserError,
+        match=r"MiB are free; make room, .*features for the heads, \d+ MiB: --head-epochs 0",
+    ):
         train.run(config_of(run))
     assert {path.name: path.read_bytes() for path in run.iterdir()} == before
 
@@ -180,7 +215,9 @@ def test_a_hidden_state_that_never_varies_and_one_too_large_for_float16(run):
 def test_without_labels_in_the_validation_split_the_last_epoch_is_kept(run, capsys):
     data, tree = stages.data.load(run), stages.tree.load(run)
     val = data.splits["val"]
-    unlabelled = stages.data.Split(val.ids, val.offsets, val.labels[:0], np.zeros_like(val.label_offsets))
+    unlabelled = stages.data.Split(
+        val.ids, val.offsets, val.labels[:0], np.zeros_like(val.label_offsets)
+    )
     data = data._replace(splits=data.splits | {"val": unlabelled})
     train.train(config_of(run, head_epochs=1, epochs=1), data, tree, stages.model.build)
     assert "no validation document has a label: the last epoch is kept" in capsys.readouterr().out
@@ -211,7 +248,9 @@ def test_ctrl_c_in_the_head_phase_saves_a_checkpoint(run, monkeypatch):
 
     with monkeypatch.context() as patch:
         patch.setattr(train, "asked_to_stop", Asked)
-        with pytest.raises(KeyboardInterrupt, match="a checkpoint was saved after step .*; go on with --resume"):
+        with pytest.raises(
+            KeyboardInterrupt, match="a checkpoint was saved after step .*; go on with --resume"
+        ):
             train.run(config_of(run))
     state, _ = load_pt(run / "checkpoint.pt")
     assert state["phase"] == "heads" and not state["finished"] and state["batch"] > 0
@@ -220,13 +259,17 @@ def test_ctrl_c_in_the_head_phase_saves_a_checkpoint(run, monkeypatch):
     assert state["phase"] == "all" and state["finished"]
 
 
-@pytest.mark.parametrize("changes", [
-    {"head_epochs": 0},  # end to end at once: the gains of dead features move off zero while rows know nothing
-    {"head_epochs": 2},  # a frozen encoder that is thawed
-    {"head_epochs": 0, "accumulate": 2},
-    {"head_epochs": 0, "amp": "fp16"},
-    {"head_epochs": 2, "amp": "bf16", "label_bf16": True},
-])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        # end to end at once: the gains of dead features move off zero while rows know nothing
+        {"head_epochs": 0},
+        {"head_epochs": 2},  # a frozen encoder that is thawed
+        {"head_epochs": 0, "accumulate": 2},
+        {"head_epochs": 0, "amp": "fp16"},
+        {"head_epochs": 2, "amp": "bf16", "label_bf16": True},
+    ],
+)
 def test_dead_features_of_a_pretrained_encoder_do_not_make_weights_explode(run, changes):
     config = config_of(run, lr=5e-3, lr_encoder=5e-4, epochs=3, **changes)
     train.run(config)
@@ -249,7 +292,10 @@ def test_a_loss_that_grows_a_thousandfold_ends_the_run(run, monkeypatch):
         return losses * torch.tensor([1.0, 3000.0 if len(calls) >= 9 else 1.0]), surplus
 
     monkeypatch.setattr(stages.model.Cascade, "loss", growing)
-    message = "loss of level 2 of 2 is .*, more than a thousand times its median .*: step 9, .*largest weight .*--lr"
+    message = (
+        "loss of level 2 of 2 is .*, more than a thousand times its median .*: "
+        "step 9, .*largest weight .*--lr"
+    )
     with pytest.raises(UserError, match=message):
         train.run(config_of(run, head_epochs=0))
 
@@ -261,7 +307,9 @@ def test_a_loss_that_was_tiny_may_come_back_to_where_it_began():
     watch.check()
 
 
-def test_p_label_may_be_chosen_as_a_ranking_of_the_beam_and_exact_scoring_refuses_it(run, monkeypatch):
+def test_p_label_may_be_chosen_as_a_ranking_of_the_beam_and_exact_scoring_refuses_it(
+    run, monkeypatch
+):
     validate = train.validate
 
     def said(model, data, config):
@@ -272,7 +320,9 @@ def test_p_label_may_be_chosen_as_a_ranking_of_the_beam_and_exact_scoring_refuse
     train.run(config_of(run, head_epochs=0, epochs=1))
     stages.eval.run(stages.eval.Config(run=str(run), k=20))
     assert load_npz(run / "predictions.npz")[1]["ranking"] == "label"
-    with pytest.raises(UserError, match="--exact: validation chose p.label. as the ranking of the beam"):
+    with pytest.raises(
+        UserError, match="--exact: validation chose p.label. as the ranking of the beam"
+    ):
         stages.eval.run(stages.eval.Config(run=str(run), k=20, exact=True))
 
 
@@ -281,5 +331,8 @@ def test_an_old_model_is_refused_with_the_command_that_makes_it_anew(run, monkey
     assert store.FORMAT == 3  # since models have a centre and a scale
     data = stages.data.load(run)
     monkeypatch.setattr(store, "FORMAT", 4)
-    with pytest.raises(UserError, match=r"has format 3, expected 4; run: python 04_train.py --run .* with the flags"):
+    with pytest.raises(
+        UserError,
+        match=r"has format 3, expected 4; run: python 04_train.py --run .* with the flags",
+    ):
         train.load(run, data)

@@ -1,5 +1,5 @@
-"""The label level: row-wise Adam against a loop over rows, accumulation, loss scaling, rounding. ShortlistProduct is
-tested with the model, in test_model.py."""
+"""The label level: row-wise Adam against a loop over rows, accumulation, loss scaling, rounding.
+ShortlistProduct is tested with the model, in test_model.py."""
 
 import numpy as np
 import pytest
@@ -11,7 +11,9 @@ from plumbing.label_level import Factors, RowAdam, round_stochastically
 
 
 def factors(clusters, n_rows, width, seed, n_docs=4):
-    """Factors of a gradient for the clusters named, in no order; their last row is without any gradient."""
+    """Factors of a gradient for the clusters named, in no order; their last row is without any
+    gradient.
+    """
     rng = torch.Generator().manual_seed(seed)
     dz_BUF = torch.randn(n_docs, len(clusters), n_rows, generator=rng)
     dz_BUF[:, :, -1] = 0
@@ -44,9 +46,13 @@ def test_row_adam_equals_a_loop_over_rows(monkeypatch, shape, decay):
             share = np.array([beta ** (len(squares) - 1 - i) for i in range(len(squares))])
             mean = float((share * squares).sum() / share.sum())
             expected[row] -= lr * (scaled / mean**0.5 + decay * expected[row])
-    torch.testing.assert_close(weight.detach().double().view(9, 3, -1), expected, rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(
+        weight.detach().double().view(9, 3, -1), expected, rtol=1e-5, atol=1e-6
+    )
     untouched = [3, 5, 6, 8]
-    assert torch.equal(weight[untouched], start[untouched]) and torch.equal(weight[:, 2], start[:, 2])
+    assert torch.equal(weight[untouched], start[untouched]) and torch.equal(
+        weight[:, 2], start[:, 2]
+    )
     assert [value.numel() for value in optimizer.state[weight].values()] == [54, width]
 
 
@@ -63,8 +69,8 @@ def step_of(weight, optimizer, parts, scale=1.0):
 @pytest.mark.parametrize("n_batches", [1, 2])
 @pytest.mark.parametrize("before", [0.0, 1e-33, 1.5e-9, 1e-3])
 def test_a_feature_that_wakes_up_moves_no_weight_far(before, n_batches, scale):
-    """Features that are zero, or nearly, for twenty steps, as some of a pretrained encoder are until training moves
-    their LayerNorm gain; then they are as large as others."""
+    """Features that are zero, or nearly, for twenty steps, as some of a pretrained encoder are
+    until training moves their LayerNorm gain; then they are as large as others."""
     weight = torch.nn.Parameter(torch.zeros(9, 3, 8))
     optimizer = RowAdam([{"params": [weight], "lr": 1e-2}])
     moves = []
@@ -79,7 +85,9 @@ def test_a_feature_that_wakes_up_moves_no_weight_far(before, n_batches, scale):
 
 @pytest.mark.parametrize("size", [1e-6, 1.0, 1e6])
 def test_a_row_that_comes_late_moves_no_weight_far(size):
-    """Rows whose first gradient comes when the features have a history, and is smaller or larger than all before."""
+    """Rows whose first gradient comes when the features have a history, and is smaller or larger
+    than all before.
+    """
     weight = torch.nn.Parameter(torch.zeros(9, 3, 8))
     optimizer = RowAdam([{"params": [weight], "lr": 1e-2}])
     for step in range(30):
@@ -90,7 +98,7 @@ def test_a_row_that_comes_late_moves_no_weight_far(size):
 
 
 def test_another_encoder_behind_the_features_moves_no_weight_far():
-    """A frozen encoder that is thawed: which features are large changes from one step to the next."""
+    """A frozen encoder is thawed: which features are large changes from one step to the next."""
     weight = torch.nn.Parameter(torch.zeros(9, 3, 8))
     optimizer = RowAdam([{"params": [weight], "lr": 1e-2}])
     sizes_D = 10.0 ** torch.arange(-4, 4)
@@ -159,7 +167,9 @@ def test_what_is_said_of_a_gradient_from_its_factors_is_true(n_batches):
 
 def test_a_frozen_head_gathers_no_gradients():
     weight, bias, x = torch.zeros(9, 3, 5), torch.zeros(9, 3), torch.randn(2, 5, requires_grad=True)
-    label_level.ShortlistProduct.apply(x, weight, bias, torch.tensor([[0, 1], [1, 8]])).sum().backward()
+    label_level.ShortlistProduct.apply(
+        x, weight, bias, torch.tensor([[0, 1], [1, 8]])
+    ).sum().backward()
     assert not hasattr(weight, "factors") and not hasattr(bias, "factors") and x.grad is not None
 
 
@@ -177,7 +187,9 @@ def test_what_the_loss_was_multiplied_by_does_not_matter():
 
 
 def test_bf16_keeps_small_updates_only_when_rounded_stochastically():
-    """A thousand steps of 1e-4 from 1: rounded to the nearest not one is kept, at random all are, on average."""
+    """A thousand steps of 1e-4 from 1: rounded to the nearest not one is kept, at random all are,
+    on average.
+    """
     nearest, stochastic = torch.ones(2, 2, 4096).bfloat16()
     torch.manual_seed(0)
     for _ in range(1000):
@@ -196,5 +208,8 @@ def test_row_adam_trains_bf16_rows_below_their_resolution():
     for _ in range(500):
         weight.factors = [Factors(torch.tensor([2]), torch.ones(1, 1, 3), torch.ones(1, 256))]
         optimizer.step()
-    assert weight[2].float().mean().item() == pytest.approx(0.95, abs=0.005) and (weight[[0, 1, 3]] == 1).all()
+    assert (
+        weight[2].float().mean().item() == pytest.approx(0.95, abs=0.005)
+        and (weight[[0, 1, 3]] == 1).all()
+    )
     assert {value.dtype for value in optimizer.state[weight].values()} == {torch.float32}

@@ -1,4 +1,6 @@
-"""The linear yardsticks: SVMs at their minimum, the texts of the run, predictions that can be compared."""
+"""The linear yardsticks: SVMs at their minimum, the texts of the run, predictions that can be
+compared.
+"""
 
 import sys
 
@@ -105,7 +107,13 @@ def test_the_tf_idf_of_words_is_the_usual_one(corpus_run, corpus):
 
 
 def test_words_of_one_character_and_capitals_are_no_words():
-    assert linear.words("A Regulation (EC) No 1/2003, d'Or") == ["regulation", "ec", "no", "2003", "or"]
+    assert linear.words("A Regulation (EC) No 1/2003, d'Or") == [
+        "regulation",
+        "ec",
+        "no",
+        "2003",
+        "or",
+    ]
 
 
 def test_texts_are_those_of_the_documents_that_stage_1_drew(tmp_path):
@@ -124,7 +132,9 @@ def test_texts_are_those_of_the_documents_that_stage_1_drew(tmp_path):
         linear.read_texts(data, str(make_corpus(tmp_path / "other", seed=1)))
 
 
-@pytest.mark.parametrize(("system", "library"), [("xr-linear", "pecos"), ("parabel", "omikuji"), ("bonsai", "omikuji")])
+@pytest.mark.parametrize(
+    ("system", "library"), [("xr-linear", "pecos"), ("parabel", "omikuji"), ("bonsai", "omikuji")]
+)
 def test_a_library_finds_the_labels_where_it_is_installed(corpus_run, system, library):
     pytest.importorskip(library, reason=f"{linear.INSTALL[system]}")
     linear.run(linear.Config(run=str(corpus_run), system=system, k=20))
@@ -139,7 +149,9 @@ def test_a_library_that_is_missing_is_named_with_how_to_install_it(corpus_run, m
         linear.run(linear.Config(run=str(corpus_run), system="parabel"))
 
 
-@pytest.mark.parametrize("wrong", [{"system": "fasttext"}, {"text": "lines"}, {"text": "words", "max_len": 64}])
+@pytest.mark.parametrize(
+    "wrong", [{"system": "fasttext"}, {"text": "lines"}, {"text": "words", "max_len": 64}]
+)
 def test_settings_that_do_not_go_together_are_refused(corpus_run, wrong):
     with pytest.raises(UserError, match="--"):
         linear.run(linear.Config(run=str(corpus_run), **wrong))

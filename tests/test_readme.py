@@ -1,4 +1,6 @@
-"""What the README shows is run: its commands, its expected output, its table of artifacts, its examples."""
+"""What the README shows is run: its commands, its expected output, its table of artifacts, its
+examples.
+"""
 
 import dataclasses
 import json
@@ -20,9 +22,12 @@ RESULTS = (ROOT / "docs" / "results.md").read_text()
 ARTIFACTS = (ROOT / "docs" / "artifacts.md").read_text()
 BLOCKS = re.findall(r"```(\w*)\n(.*?)```", README, flags=re.DOTALL)
 COMMANDS = [block for kind, block in BLOCKS if kind == "sh"]
-# The demo takes minutes: the tests run its very commands on a part of the corpus with a smaller encoder.
-SMALLER = {"01_data.py": ["--limit", "1000", "--vocab", "4000"],
-           "04_train.py": ["--epochs", "1", "--tiny", "1,64", "--max-len", "24"]}
+# The demo takes minutes: the tests run its very commands on a part of the corpus with a smaller
+# encoder.
+SMALLER = {
+    "01_data.py": ["--limit", "1000", "--vocab", "4000"],
+    "04_train.py": ["--epochs", "1", "--tiny", "1,64", "--max-len", "24"],
+}
 
 
 def shell(command: str, cwd) -> str:
@@ -43,19 +48,27 @@ def shape_of(line: str) -> str:
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The first command of the README after the installation, on a part of the corpus: (what it printed, folder)."""
+    """The first command of the README after the installation, on a part of the corpus: (what it
+    printed, folder).
+    """
     run = tmp_path_factory.mktemp("demo") / "demo"
     install, *stages = COMMANDS[0].strip().split(" && ")
     assert install == "pip install -r requirements.txt"
-    assert [stage.split()[1] for stage in stages] == sorted(path.name for path in ROOT.glob("0[1-5]_*.py"))
+    assert [stage.split()[1] for stage in stages] == sorted(
+        path.name for path in ROOT.glob("0[1-5]_*.py")
+    )
     printed = ""
     for stage in stages:
-        printed += shell(" ".join([stage, "--run", str(run), *SMALLER.get(stage.split()[1], [])]), ROOT)
+        printed += shell(
+            " ".join([stage, "--run", str(run), *SMALLER.get(stage.split()[1], [])]), ROOT
+        )
     return printed, run
 
 
 def test_the_demo_prints_what_the_readme_shows(demo):
-    shown = next(block for kind, block in BLOCKS if not kind and "documents" in block and "P@1" in block)
+    shown = next(
+        block for kind, block in BLOCKS if not kind and "documents" in block and "P@1" in block
+    )
     printed = {shape_of(line) for line in demo[0].splitlines()}
     for line in shown.strip().splitlines():
         if line != "...":
@@ -72,14 +85,23 @@ def test_the_test_command_is_the_one_that_ci_runs():
 
 def test_own_corpus_as_the_readme_says(tmp_path):
     folder = make_corpus(tmp_path / "corpus", val=False)
-    example = [json.loads(line) for line in next(block for kind, block in BLOCKS if kind == "json").splitlines()]
-    others = [{"name": name, "text": ""} for name in example[0]["labels"] if name != example[1]["name"]]
+    example = [
+        json.loads(line)
+        for line in next(block for kind, block in BLOCKS if kind == "json").splitlines()
+    ]
+    others = [
+        {"name": name, "text": ""} for name in example[0]["labels"] if name != example[1]["name"]
+    ]
     write_jsonl(folder / "test.jsonl.gz", [example[0]] * 3)
     write_jsonl(folder / "train.jsonl.gz", [example[0]] * 60)
     write_jsonl(folder / "labels.jsonl.gz", [example[1], *others])
     run = tmp_path / "run"
     for command in COMMANDS[2].strip().splitlines():
-        for word, ours in (("runs/mine", str(run)), ("FOLDER", str(folder)), ("bert-base-uncased", "tiny")):
+        for word, ours in (
+            ("runs/mine", str(run)),
+            ("FOLDER", str(folder)),
+            ("bert-base-uncased", "tiny"),
+        ):
             command = command.replace(word, ours)
         if "04_train" in command:
             command += " --tiny 1,32 --epochs 2 --amp off"
@@ -90,32 +112,55 @@ def test_own_corpus_as_the_readme_says(tmp_path):
 
 
 def test_a_pretrained_encoder_as_in_the_results(tmp_path):
-    """The commands of the results, with a small random BERT in a local folder instead of the pretrained one."""
+    """The commands of the results, with a small random BERT in a local folder instead of the
+    pretrained one.
+    """
     folder, encoder = make_corpus(tmp_path / "corpus"), tmp_path / "encoder"
     texts = [row.text for row in stages.data.formats.open_corpus(folder).documents["train"]()]
     tokenizer = stages.data.train_tokenizer(lambda: texts, 400)
     tokenizer.save_pretrained(encoder)
-    shape = {"hidden_size": 16, "num_hidden_layers": 6, "num_attention_heads": 2, "intermediate_size": 16}
-    transformers.BertModel(transformers.BertConfig(vocab_size=len(tokenizer), **shape)).half().save_pretrained(encoder)
+    shape = {
+        "hidden_size": 16,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+    }
+    transformers.BertModel(
+        transformers.BertConfig(vocab_size=len(tokenizer), **shape)
+    ).half().save_pretrained(encoder)
     run = tmp_path / "run"
-    titles = next(block for block in re.findall(r"```sh\n(.*?)```", RESULTS, flags=re.DOTALL) if "runs/eurlex" in block)
+    titles = next(
+        block
+        for block in re.findall(r"```sh\n(.*?)```", RESULTS, flags=re.DOTALL)
+        if "runs/eurlex" in block
+    )
     for command in titles.strip().splitlines():
         every = "0+1+2+3+4+5+6"  # this tree has one level less
-        for word, ours in (("runs/eurlex", str(run)), ("--corpus eurlex57k", f"--corpus {folder}"), ("64,384", "4"),
-                           (f"{every},{every},{every}", f"{every},{every}"), ("all-MiniLM-L6-v2", str(encoder))):
+        for word, ours in (
+            ("runs/eurlex", str(run)),
+            ("--corpus eurlex57k", f"--corpus {folder}"),
+            ("64,384", "4"),
+            (f"{every},{every},{every}", f"{every},{every}"),
+            ("all-MiniLM-L6-v2", str(encoder)),
+        ):
             command = command.replace(word, ours)
         printed = shell(command, ROOT)
     assert "cascade, p(label) p(cluster)" in printed
     model, config, _ = stages.train.load(run, stages.data.load(run))
     assert config.pooling == "mean" and model.layers == [list(range(7))] * 2
-    assert model.heads[-1].weight.shape[2] == 7 * 16 and model.encoder.backbone.config.vocab_size > 50
+    assert (
+        model.heads[-1].weight.shape[2] == 7 * 16 and model.encoder.backbone.config.vocab_size > 50
+    )
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
 
 
 def test_the_table_of_artifacts_is_what_the_scripts_write(demo):
     run = demo[1]
-    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in ARTIFACTS.splitlines()
-            if re.match(r"\| \w+\.(npz|pt) \|", line)]
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in ARTIFACTS.splitlines()
+        if re.match(r"\| \w+\.(npz|pt) \|", line)
+    ]
     listed = {}
     for file, keys, dtype, shape, _ in rows:
         match = re.match(r"\{(.*)\}(\w+)", keys)
@@ -128,7 +173,10 @@ def test_the_table_of_artifacts_is_what_the_scripts_write(demo):
         for key, array in arrays.items():
             dtype, shape = listed[file, key]
             assert str(array.dtype) in dtype.split(" or "), (file, key, array.dtype)
-            assert array.ndim == len([part for part in shape.strip("()").split(",") if part]), (file, key)
+            assert array.ndim == len([part for part in shape.strip("()").split(",") if part]), (
+                file,
+                key,
+            )
         assert set(meta) >= {"format", "stage", "config", "versions", "made_from"}
     for file in ("model.pt", "checkpoint.pt"):
         content, meta = load_pt(run / file)
@@ -146,7 +194,9 @@ def test_the_pictures_are_there_and_their_command_makes_them(demo):
     assert len(pictures) == 2 and printed.count(".png: ") == 6
     for path in [ROOT / "docs" / picture for picture in pictures]:
         shown, made = (image.imread(one) for one in (path, demo[1] / f"plot-{path.name}"))
-        assert shown.shape[:2] == made.shape[:2] and path.stat().st_size < 80_000, f"copy plot-{path.name} there again"
+        assert shown.shape[:2] == made.shape[:2] and path.stat().st_size < 80_000, (
+            f"copy plot-{path.name} there again"
+        )
 
 
 def test_the_pages_name_only_flags_that_exist():
@@ -155,8 +205,14 @@ def test_the_pages_name_only_flags_that_exist():
     for page in pages:
         flags |= set(re.findall(r"--[a-z][a-z0-9-]+", page.read_text()))
     configs = [stage.Config for stage in vars(stages).values()]
-    known = {"--" + field.name.replace("_", "-") for config in configs for field in dataclasses.fields(config)}
-    scripts = [path for folder in ("bench", "data", "tools") for path in ROOT.glob(f"{folder}/*.py")]
+    known = {
+        "--" + field.name.replace("_", "-")
+        for config in configs
+        for field in dataclasses.fields(config)
+    }
+    scripts = [
+        path for folder in ("bench", "data", "tools") for path in ROOT.glob(f"{folder}/*.py")
+    ]
     for script in (*scripts, ROOT / "tests" / "kills.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', script.read_text()))
     assert flags <= known | {"--help"}, flags - known
@@ -165,7 +221,19 @@ def test_the_pages_name_only_flags_that_exist():
 def test_the_script_that_runs_several_seeds(tmp_path):
     corpus = make_corpus(tmp_path / "corpus")
     environment = os.environ | {"SEEDS": "3", "RUNS": str(tmp_path), "PYTHON": sys.executable}
-    command = ["bash", "bench/seeds.sh", "toy", str(corpus), "tiny", "--tiny", "1,32", "--epochs", "1", "--amp", "off"]
+    command = [
+        "bash",
+        "bench/seeds.sh",
+        "toy",
+        str(corpus),
+        "tiny",
+        "--tiny",
+        "1,32",
+        "--epochs",
+        "1",
+        "--amp",
+        "off",
+    ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr
     tables = done.stdout.split("== seed ")[1:]

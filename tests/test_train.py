@@ -1,7 +1,10 @@
-"""Stage 4: batches, schedule, accumulation; going on after an interruption; the same seed, the same bytes."""
+"""Stage 4: batches, schedule, accumulation; going on after an interruption; the same seed, the same
+bytes.
+"""
 
 import json
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -28,8 +31,14 @@ def test_every_document_comes_once_an_epoch_with_hardly_any_padding():
     batches = train.Batches(stages.data.Data({"train": split}, [], {}), 64, 128, 0)
     epochs = [batches.rows(epoch) for epoch in (0, 1, 0)]
     for rows in epochs:
-        assert len(rows) == len(batches) == 313 and sorted(np.concatenate(rows)) == list(range(20000))
-        assert sum(length[row].sum() for row in rows) / sum(length[row].max() * len(row) for row in rows) > 0.97
+        assert len(rows) == len(batches) == 313 and sorted(np.concatenate(rows)) == list(
+            range(20000)
+        )
+        assert (
+            sum(length[row].sum() for row in rows)
+            / sum(length[row].max() * len(row) for row in rows)
+            > 0.97
+        )
     assert all(np.array_equal(a, b) for a, b in zip(epochs[0], epochs[2], strict=True))
     assert not all(np.array_equal(a, b) for a, b in zip(epochs[0], epochs[1], strict=True))
 
@@ -84,16 +93,29 @@ def plain(value):
 
 
 def without_rates(path):
-    return [{key: value for key, value in json.loads(line).items() if key != "batches_per_s"}
-            for line in path.read_text().splitlines()]
+    return [
+        {key: value for key, value in json.loads(line).items() if key != "batches_per_s"}
+        for line in path.read_text().splitlines()
+    ]
 
 
-@pytest.mark.parametrize(("changes", "stopped_in"), [
-    ({}, "all"), ({"label_bf16": True, "accumulate": 3, "amp": "bf16"}, "all"),
-    ({"head_epochs": 2}, "heads"), ({"head_epochs": 2, "accumulate": 3}, "heads"), ({"head_epochs": 1}, "all"),
-    ({"head_epochs": 1, "amp": "fp16"}, "all")])
-def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, done, monkeypatch, changes, stopped_in):
-    """Stopped in the middle of the second epoch, of the heads alone or of all, with a log line half written."""
+@pytest.mark.parametrize(
+    ("changes", "stopped_in"),
+    [
+        ({}, "all"),
+        ({"label_bf16": True, "accumulate": 3, "amp": "bf16"}, "all"),
+        ({"head_epochs": 2}, "heads"),
+        ({"head_epochs": 2, "accumulate": 3}, "heads"),
+        ({"head_epochs": 1}, "all"),
+        ({"head_epochs": 1, "amp": "fp16"}, "all"),
+    ],
+)
+def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
+    tmp_path, prepared, done, monkeypatch, changes, stopped_in
+):
+    """Stopped in the middle of the second epoch, of the heads alone or of all, with a log line half
+    written.
+    """
     train_one_epoch = train.train_one_epoch
     if changes:  # a whole run of its own to compare with
         whole = tmp_path / "whole"
@@ -124,7 +146,13 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(tmp_path, prepared, do
     train.run(config_of(tmp_path, resume=True, **changes))
     assert sha256(tmp_path / "model.pt") == sha256(done / "model.pt")
     ours, theirs = (load_pt(folder / "checkpoint.pt")[0] for folder in (tmp_path, done))
-    assert plain(ours) == plain(theirs) and set(ours) > {"model", "optimizers", "scaler", "random", "best"}
+    assert plain(ours) == plain(theirs) and set(ours) > {
+        "model",
+        "optimizers",
+        "scaler",
+        "random",
+        "best",
+    }
     assert {state.dtype for state in ours["optimizers"][1]["state"][0].values()} == {torch.float32}
     assert without_rates(tmp_path / "log.jsonl") == without_rates(done / "log.jsonl")
 
@@ -152,7 +180,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(done):
     model = stages.model.build(loaded, stages.tree.load(done), replace(config, pooling="mean"))
     with torch.no_grad():
         model.heads[0].weight.fill_(torch.nan)
-    with pytest.raises(UserError, match="loss of level 1 of 2 is no longer finite: step 1, .* lower --lr"):
+    with pytest.raises(
+        UserError, match="loss of level 1 of 2 is no longer finite: step 1, .* lower --lr"
+    ):
         train.fit(model, train.Batches(loaded, 16, 32, 0), config, lambda record: None)
 
 
@@ -163,16 +193,26 @@ def test_every_precision_trains_on_this_machine(tmp_path, prepared, done, amp):
     assert config.amp == amp if amp != "auto" else config.amp in ("bf16", "off")
 
 
-@pytest.mark.parametrize(("flags", "tried"), [
-    ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False), ({"avx512_bf16": True}, True), ({}, True)])
-def test_a_processor_without_bf16_arithmetic_is_not_made_to_try_it(done, monkeypatch, capsys, flags, tried):
+@pytest.mark.parametrize(
+    ("flags", "tried"),
+    [
+        ({"avx2": True, "avx512_bf16": False, "amx_bf16": False}, False),
+        ({"avx512_bf16": True}, True),
+        ({}, True),
+    ],
+)
+def test_a_processor_without_bf16_arithmetic_is_not_made_to_try_it(
+    done, monkeypatch, capsys, flags, tried
+):
     """Where nothing tells, the trial does."""
     loaded = stages.data.load(done)
     model, config, _ = train.load(done, loaded)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: flags, raising=False)
     amp = choose_amp("auto", model, loaded.batch("train", np.arange(4), config.max_len))
     said = capsys.readouterr().out
-    assert ("one batch takes" in said) == tried and (tried or amp == "off" and "no bf16 arithmetic" in said)
+    assert ("one batch takes" in said) == tried and (
+        tried or amp == "off" and "no bf16 arithmetic" in said
+    )
 
 
 def test_bf16_rows_go_with_every_precision_of_the_encoder(prepared):
@@ -189,29 +229,39 @@ def test_the_label_level_does_not_see_the_loss_scale(prepared, monkeypatch):
     """A scale that doubles with every step makes the same weights as a constant one."""
     scaler, weights = torch.amp.GradScaler, []
     for init, every in ((2.0**10, 1000), (1.0, 1)):
-        monkeypatch.setattr(torch.amp, "GradScaler", lambda kind, enabled: scaler(
-            kind, init_scale=init, growth_interval=every, enabled=enabled))  # noqa: B023
+        settings = {"init_scale": init, "growth_interval": every}
+        monkeypatch.setattr(torch.amp, "GradScaler", partial(scaler, **settings))
         train.run(config_of(prepared, amp="fp16", epochs=1))
         weights.append(load_pt(prepared / "model.pt")[0]["model"]["heads.1.weight"])
     assert (weights[0] - weights[1]).norm() < 0.05 * weights[0].norm()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: fp16 with a gradient scaler")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: fp16 with a gradient scaler"
+)
 def test_fp16_with_a_scaler_trains_on_a_gpu(tmp_path, prepared, done):
     train.run(config_of(tmp_path, amp="fp16", epochs=1))
-    losses = [json.loads(line)["loss"] for line in (tmp_path / "log.jsonl").read_text().splitlines() if "loss" in line]
+    losses = [
+        json.loads(line)["loss"]
+        for line in (tmp_path / "log.jsonl").read_text().splitlines()
+        if "loss" in line
+    ]
     assert np.isfinite(losses).all()
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: whether a step waits for it")
+@pytest.mark.skipif(
+    not torch.cuda.is_available(), reason="needs a CUDA device: whether a step waits for it"
+)
 def test_a_step_on_a_gpu_waits_for_nothing(done):
     loaded = stages.data.load(done)
     config = settle(config_of(done), stages.model.RECIPES, "tiny")
     model = stages.model.build(loaded, stages.tree.load(done), config).cuda().train()
     batch = loaded.batch("train", np.arange(16), 32).to("cuda")
     groups = model.param_groups(1e-3, 1e-4)
-    optimizers = [torch.optim.AdamW([group for group in groups if not group["rows"]], fused=True),
-                  RowAdam([group for group in groups if group["rows"]])]
+    optimizers = [
+        torch.optim.AdamW([group for group in groups if not group["rows"]], fused=True),
+        RowAdam([group for group in groups if group["rows"]]),
+    ]
     model.amp = "bf16"
     for mode in ("default", "error"):
         model.zero_grad()
@@ -230,9 +280,9 @@ def test_validation_counts_what_the_metrics_count(done):
     model, config, _ = train.load(done, loaded)
     result = train.validate(model, loaded, config)
     split = loaded.splits["val"]
+    predict = partial(train.predict_rankings, model)
     for ranking in stages.model.RANKINGS:
-        found = train.predict_split(model, loaded, "val", config.max_len, 7,
-                                     lambda batch, k: train.predict_rankings(model, batch, k), 5)  # noqa: B023
+        found = train.predict_split(model, loaded, "val", config.max_len, 7, predict, 5)
         metrics = stages.eval.metrics(found[f"labels {ranking}"], split, np.ones(len(loaded.names)))
         assert result["P"][ranking] == pytest.approx([metrics["P"][j - 1] for j in (1, 3, 5)])
     # Shortlist recall, label by label.
@@ -241,5 +291,8 @@ def test_validation_counts_what_the_metrics_count(done):
         batch = loaded.batch("val", np.array([i]), config.max_len)
         clusters = set(model.beam(batch)[2][0][0].tolist())
         for label in batch.label_P.tolist():
-            kept, pairs = kept + (int(model.label_to_slot[label]) // (model.counts[-1] // 8) in clusters), pairs + 1
+            kept, pairs = (
+                kept + (int(model.label_to_slot[label]) // (model.counts[-1] // 8) in clusters),
+                pairs + 1,
+            )
     assert result["recall"][0] == pytest.approx(100 * kept / pairs)

@@ -14,17 +14,24 @@ tree = stages.tree
 
 def random_rows(n, width, seed, dtype=np.float64):
     rng = np.random.default_rng(seed)
-    return tree.normalize(sp.csr_matrix(rng.random((n, width)) * (rng.random((n, width)) < 0.5), dtype=dtype))
+    return tree.normalize(
+        sp.csr_matrix(rng.random((n, width)) * (rng.random((n, width)) < 0.5), dtype=dtype)
+    )
 
 
 def naive_two_means(Z, order, draws, iterations):
-    """One node, dense: the two parts of the rows in `order`, whose random draws choose the first centroids."""
+    """One node, dense: the two parts of the rows in `order`, whose random draws choose the first
+    centroids.
+    """
     rows = Z[order]
     first, second = np.argsort(draws, kind="stable")[:2] if len(order) > 1 else (0, 0)
     left, right = rows[[first]], rows[[second]]
     before = None
     for _ in range(iterations):
-        centroids = [part.sum(axis=0) / max(np.linalg.norm(part.sum(axis=0)), 1e-12) for part in (left, right)]
+        centroids = [
+            part.sum(axis=0) / max(np.linalg.norm(part.sum(axis=0)), 1e-12)
+            for part in (left, right)
+        ]
         best = np.argsort(-(rows @ (centroids[0] - centroids[1])), kind="stable")
         half = (len(order) + 1) // 2
         if before == set(best[:half]):
@@ -45,19 +52,29 @@ def test_all_nodes_at_once_equal_the_naive_recursion(n, depth, seed):
     nodes, dense = [rng.permutation(n)], Z.toarray()
     for _ in range(depth):
         draws = np.split(rng.random(n), np.cumsum([len(node) for node in nodes])[:-1])
-        nodes = [half for node, r in zip(nodes, draws, strict=True) for half in naive_two_means(dense, node, r, 6)]
-    assert [sorted(order[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)] == [sorted(node) for node in nodes]
+        nodes = [
+            half
+            for node, r in zip(nodes, draws, strict=True)
+            for half in naive_two_means(dense, node, r, 6)
+        ]
+    assert [sorted(order[a:b]) for a, b in zip(bounds, bounds[1:], strict=False)] == [
+        sorted(node) for node in nodes
+    ]
 
 
 def test_columns_of_its_own_for_every_node():
-    """Rows keep their products within a node and have none across nodes; columns remain fewer than entries."""
+    """Rows keep their products within a node and have none across nodes; columns remain fewer than
+    entries.
+    """
     Z = columns = random_rows(40, 12, 5)
     rng = np.random.default_rng(0)
     rows = order = rng.permutation(40)
     for node in (np.zeros(40, int), np.arange(40) // 20, np.arange(40) // 10, np.arange(40) // 5):
         columns = tree.own_columns(columns, rows, node)
         inside = node[:, None] == node
-        np.testing.assert_allclose((columns @ columns.T).toarray(), (Z[order] @ Z[order].T).toarray() * inside)
+        np.testing.assert_allclose(
+            (columns @ columns.T).toarray(), (Z[order] @ Z[order].T).toarray() * inside
+        )
         assert columns.shape[1] <= max(columns.nnz / 4, len(np.unique(columns.indices)))
         rows = np.argsort(node + rng.random(40))  # any order within the nodes
         order = order[rows]
@@ -82,17 +99,26 @@ def test_tree_is_a_permutation_with_sizes_within_one(n, depth, seed):
 
 
 def test_levels_are_index_arithmetic_over_explicit_child_lists():
-    """Split a list by hand, level by level; node, child and leaf of every slot must follow from divisions alone."""
+    """Split a list by hand, level by level; node, child and leaf of every slot must follow from
+    divisions alone.
+    """
     n, depths = 45, [1, 3, 4]
     order, bounds = tree.balanced_kmeans(random_rows(n, 10, 3), depths[-1], 4, 3)
     slots = tree.lay_out(order, bounds)
     by_depth = {0: [list(order)]}
     for depth in range(1, depths[-1] + 1):
-        halves = [(node[: (len(node) + 1) // 2], node[(len(node) + 1) // 2 :]) for node in by_depth[depth - 1]]
+        halves = [
+            (node[: (len(node) + 1) // 2], node[(len(node) + 1) // 2 :])
+            for node in by_depth[depth - 1]
+        ]
         by_depth[depth] = [half for pair in halves for half in pair]
     for depth in depths:
         for node, members in enumerate(by_depth[depth]):
-            in_node = [slots[s] for s in range(len(slots)) if s // (len(slots) // 2**depth) == node and slots[s] >= 0]
+            in_node = [
+                slots[s]
+                for s in range(len(slots))
+                if s // (len(slots) // 2**depth) == node and slots[s] >= 0
+            ]
             assert in_node == members
     for above, below in zip(depths, depths[1:], strict=False):
         fan = 2 ** (below - above)
@@ -123,8 +149,12 @@ def test_tfidf_and_pifa_against_dense_formulas():
     pifa = rows_at_one(Y.T @ dense)
     np.testing.assert_allclose(tree.label_features(X, sp.csr_matrix(Y)).toarray(), pifa, atol=1e-5)
     together = Y.T @ Y * (1 - np.eye(7))
-    mixed = rows_at_one(pifa + 0.5 * (together / np.maximum(together.sum(1, keepdims=True), 1)) @ pifa)
-    np.testing.assert_allclose(tree.label_features(X, sp.csr_matrix(Y), 0.5).toarray(), mixed, atol=1e-5)
+    mixed = rows_at_one(
+        pifa + 0.5 * (together / np.maximum(together.sum(1, keepdims=True), 1)) @ pifa
+    )
+    np.testing.assert_allclose(
+        tree.label_features(X, sp.csr_matrix(Y), 0.5).toarray(), mixed, atol=1e-5
+    )
 
 
 def test_clusters_that_exist_are_found():
@@ -135,12 +165,24 @@ def test_clusters_that_exist_are_found():
     Z = tree.normalize(sp.csr_matrix(rows))
     order, bounds = tree.balanced_kmeans(Z, 4, 10, 0)
     shuffled = rng.permutation(128)
-    assert tree.cosine_to_centroid(Z, order, bounds) > 0.8 > 0.5 > tree.cosine_to_centroid(Z, shuffled, bounds)
+    assert (
+        tree.cosine_to_centroid(Z, order, bounds)
+        > 0.8
+        > 0.5
+        > tree.cosine_to_centroid(Z, shuffled, bounds)
+    )
 
 
 @pytest.mark.parametrize(
     ("n", "levels"),
-    [(1, [1]), (2, [2]), (100, [2, 16]), (3956, [64, 512]), (30938, [512, 4096]), (670091, [1024, 8192, 65536])],
+    [
+        (1, [1]),
+        (2, [2]),
+        (100, [2, 16]),
+        (3956, [64, 512]),
+        (30938, [512, 4096]),
+        (670091, [1024, 8192, 65536]),
+    ],
 )
 def test_levels_from_the_number_of_labels(n, levels):
     assert tree.choose_levels(n) == levels
@@ -148,7 +190,8 @@ def test_levels_from_the_number_of_labels(n, levels):
 
 
 @pytest.mark.parametrize(
-    ("levels", "message"), [([8, 8], "rising"), ([6, 12], "powers of two"), ([8, 64], "64 clusters > 50")]
+    ("levels", "message"),
+    [([8, 8], "rising"), ([6, 12], "powers of two"), ([8, 64], "64 clusters > 50")],
 )
 def test_levels_that_cannot_be_are_refused(levels, message):
     with pytest.raises(UserError, match=message):
@@ -166,15 +209,18 @@ def test_cosine_to_centroid_against_a_loop():
     assert tree.cosine_to_centroid(Z, order, bounds) == pytest.approx(np.mean(cosines))
 
 
-@pytest.mark.parametrize(("slots", "levels", "said"), [
-    ([2, 0, 1, 4, 3, 5], [3], ""),
-    ([2, 0, 1, 4, 3, 5, -1, 6, 7, -1, 8, 9], [2, 6], ""),
-    ([0, 1, 2], [], ""),
-    ([2, 0, 1, 4, 3, 5], [2, 3], "multiple"),
-    ([2, 0, 1, 4, 3, 5], [4], "permutation"),
-    ([2, 0, 1, 4, 3, 3], [3], "permutation"),
-    ([2, 0, 1, 4, 3, 5], [12], "12 clusters > 6 labels"),
-])
+@pytest.mark.parametrize(
+    ("slots", "levels", "said"),
+    [
+        ([2, 0, 1, 4, 3, 5], [3], ""),
+        ([2, 0, 1, 4, 3, 5, -1, 6, 7, -1, 8, 9], [2, 6], ""),
+        ([0, 1, 2], [], ""),
+        ([2, 0, 1, 4, 3, 5], [2, 3], "multiple"),
+        ([2, 0, 1, 4, 3, 5], [4], "permutation"),
+        ([2, 0, 1, 4, 3, 3], [3], "permutation"),
+        ([2, 0, 1, 4, 3, 5], [12], "12 clusters > 6 labels"),
+    ],
+)
 def test_any_tree_will_do_whose_levels_divide_each_other(slots, levels, said):
     found = tree.what_is_wrong(tree.Tree(np.array(slots, np.int32), levels))
     assert said in found and bool(said) == bool(found)

@@ -24,11 +24,17 @@ from variants import common, compare, light_xml, one_vs_all, ranker, staging, sv
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run of the cascade with two cluster levels; the variants are trained inside it."""
-    corpus, folder = make_corpus(tmp_path_factory.mktemp("corpus"), n_labels=43), tmp_path_factory.mktemp("run")
+    corpus, folder = (
+        make_corpus(tmp_path_factory.mktemp("corpus"), n_labels=43),
+        tmp_path_factory.mktemp("run"),
+    )
     stages.data.run(stages.data.Config(run=str(folder), corpus=str(corpus), vocab=400))
     stages.tree.run(stages.tree.Config(run=str(folder), levels="4,16"))
-    stages.train.run(stages.train.Config(run=str(folder), tiny="2,32", max_len=32, amp="off", epochs=6, batch_size=16,
-                                         topk="3,6"))
+    stages.train.run(
+        stages.train.Config(
+            run=str(folder), tiny="2,32", max_len=32, amp="off", epochs=6, batch_size=16, topk="3,6"
+        )
+    )
     stages.eval.run(stages.eval.Config(run=str(folder), k=20))
     return folder
 
@@ -87,7 +93,9 @@ def test_light_xml_has_one_feature_for_two_levels(run):
     coarse, fine = model.features(batch)
     assert torch.equal(coarse, fine) and coarse.shape == (9, 32)
     assert model.join[0] is model.join[1] and len({id(p) for p in model.join.parameters()}) == 2
-    assert light_xml.last_five(1) == "1,1" and light_xml.last_five(12) == "8+9+10+11+12,8+9+10+11+12"
+    assert (
+        light_xml.last_five(1) == "1,1" and light_xml.last_five(12) == "8+9+10+11+12,8+9+10+11+12"
+    )
 
 
 def test_the_candidates_are_what_is_true_and_what_was_found():
@@ -102,7 +110,9 @@ def test_the_candidates_are_what_is_true_and_what_was_found():
 
 
 def test_teacher_forcing_reaches_every_positive_and_padding_has_no_gradient(model):
-    """And the loss is the squared hinge over the candidates, a positive weighted by the document's labels below it."""
+    """And the loss is the squared hinge over the candidates, a positive weighted by the document's
+    labels below it.
+    """
     model, data, config = model
     n = len(data.splits["train"])
     for stage in range(3):
@@ -121,13 +131,17 @@ def test_teacher_forcing_reaches_every_positive_and_padding_has_no_gradient(mode
                 for child in range(parent * fan, parent * fan + fan) if parent >= 0 else ():
                     if stage == 2 and model.slot_to_label[child] < 0:
                         continue
-                    z = model.heads[stage].weight.flatten(0, 1)[child] @ x[b] + model.heads[stage].bias.flatten()[child]
+                    z = (
+                        model.heads[stage].weight.flatten(0, 1)[child] @ x[b]
+                        + model.heads[stage].bias.flatten()[child]
+                    )
                     w, y = (below.count(child), 1) if child in below else (1, -1)
                     expected += w * max(0.0, 1 - y * z.item()) ** 2
         assert loss.item() == pytest.approx(expected / len(x), rel=1e-4)
         assert stage == 0 or (batch.parents_BK < 0).any()
         loss.backward()
-        # Whether there is padding or not makes no difference, and nodes that are nobody's candidates have no gradient.
+        # Whether there is padding or not makes no difference, and nodes that are nobody's
+        # candidates have no gradient.
         found = gradient(model.heads[stage].weight).clone()
         here = torch.zeros(model.counts[stage], dtype=torch.bool)
         here[batch.parents_BK[batch.parents_BK >= 0]] = True
@@ -135,7 +149,9 @@ def test_teacher_forcing_reaches_every_positive_and_padding_has_no_gradient(mode
         more = torch.full((len(x), 4), -1)
         model.heads.zero_grad()
         vars(model.heads[stage].weight).pop("factors", None)
-        model.loss(batch._replace(parents_BK=torch.cat([batch.parents_BK, more], 1)))[0].sum().backward()
+        model.loss(batch._replace(parents_BK=torch.cat([batch.parents_BK, more], 1)))[
+            0
+        ].sum().backward()
         torch.testing.assert_close(gradient(model.heads[stage].weight), found)
 
 
@@ -176,9 +192,15 @@ def test_what_a_stage_finds_for_the_next(model):
     above = [np.zeros((n, 1), np.int64), np.zeros((n, 1), np.float32)]
     for t in range(2):
         model.stage = t
-        above, features = model.match(staging.Batches(data, config, above[0], np.zeros(43, np.int64)), above)
+        above, features = model.match(
+            staging.Batches(data, config, above[0], np.zeros(43, np.int64)), above
+        )
     rows = np.array([7, 200, 3])
-    batch, nodes, scores = data.batch("train", rows, 32), torch.zeros(3, 1, dtype=torch.int64), torch.zeros(3, 1)
+    batch, nodes, scores = (
+        data.batch("train", rows, 32),
+        torch.zeros(3, 1, dtype=torch.int64),
+        torch.zeros(3, 1),
+    )
     for t in range(2):
         nodes, scores = model.down(model.features(batch)[t], nodes, scores, t)
     assert (above[0][rows] == nodes.numpy()).all()
@@ -201,7 +223,11 @@ def test_ridge_against_the_normal_equations():
 
 def test_warm_starts():
     rng = np.random.default_rng(0)
-    above, x, Y = stages.model.Head(1, 4, 3), rng.normal(size=(50, 3)), sp.csr_matrix(rng.random((50, 8)) < 0.3)
+    above, x, Y = (
+        stages.model.Head(1, 4, 3),
+        rng.normal(size=(50, 3)),
+        sp.csr_matrix(rng.random((50, 8)) < 0.3),
+    )
     torch.nn.init.normal_(above.weight)
     heads = {}
     for way in staging.WARM_STARTS:
@@ -218,7 +244,12 @@ def test_warm_starts():
 
 
 def test_passes_of_the_stages():
-    assert [staging.shares(epochs, 3) for epochs in (3, 5, 13, 26)] == [[1, 1, 1], [1, 2, 2], [3, 4, 6], [6, 8, 12]]
+    assert [staging.shares(epochs, 3) for epochs in (3, 5, 13, 26)] == [
+        [1, 1, 1],
+        [1, 2, 2],
+        [3, 4, 6],
+        [6, 8, 12],
+    ]
     assert staging.shares(4, 1) == [4]
     with pytest.raises(UserError, match="2 epochs give"):
         staging.shares(2, 3)
@@ -230,8 +261,13 @@ def svm_objective(w, x, y, c):
 
 def svm_problem(seed=0):
     rng = np.random.default_rng(seed)
-    words, dense = sp.random(120, 40, 0.1, random_state=seed, format="csr", dtype=np.float32), rng.normal(size=(120, 6))
-    dense = np.append(dense / np.linalg.norm(dense, axis=1, keepdims=True), np.ones((120, 1)), 1).astype(np.float32)
+    words, dense = (
+        sp.random(120, 40, 0.1, random_state=seed, format="csr", dtype=np.float32),
+        rng.normal(size=(120, 6)),
+    )
+    dense = np.append(
+        dense / np.linalg.norm(dense, axis=1, keepdims=True), np.ones((120, 1)), 1
+    ).astype(np.float32)
     positive, mask = rng.random((120, 4)) < (0.5, 0.1, 0.01, 0.0), rng.random((120, 4)) < 0.7
     return words, dense, positive, mask, np.append(words.toarray(), dense, 1).astype(np.float64)
 
@@ -241,13 +277,18 @@ def test_the_ranker_is_a_squared_hinge_svm():
     W = svm.fit(words, dense, positive, mask, 1.5, rounds=50, inner=60, tolerance=1e-4)
     for f in range(4):
         rows, y = mask[:, f], np.where(positive[:, f], 1, -1)[mask[:, f]]
-        best = minimize(svm_objective, np.zeros(47), (x[rows], y, 1.5), "BFGS", options={"gtol": 1e-7})
+        best = minimize(
+            svm_objective, np.zeros(47), (x[rows], y, 1.5), "BFGS", options={"gtol": 1e-7}
+        )
         assert svm_objective(W[:, f], x[rows], y, 1.5) <= best.fun * (1 + 1e-4) + 1e-6
     # As it is used, with a looser tolerance, still near.
     loose = svm.fit(words, dense, positive, mask, 1.5)
     for f in range(4):
         rows, y = mask[:, f], np.where(positive[:, f], 1, -1)[mask[:, f]]
-        assert svm_objective(loose[:, f], x[rows], y, 1.5) <= svm_objective(W[:, f], x[rows], y, 1.5) * 1.02 + 1e-6
+        assert (
+            svm_objective(loose[:, f], x[rows], y, 1.5)
+            <= svm_objective(W[:, f], x[rows], y, 1.5) * 1.02 + 1e-6
+        )
 
 
 def test_the_ranker_agrees_with_liblinear():
@@ -256,7 +297,9 @@ def test_the_ranker_agrees_with_liblinear():
     W = svm.fit(words, dense, positive, mask, 1.0, rounds=50, inner=60, tolerance=1e-4)
     for f in range(2):
         rows = mask[:, f]
-        found = theirs.LinearSVC(C=1.0, fit_intercept=False, tol=1e-6, max_iter=100000).fit(x[rows], positive[rows, f])
+        found = theirs.LinearSVC(C=1.0, fit_intercept=False, tol=1e-6, max_iter=100000).fit(
+            x[rows], positive[rows, f]
+        )
         np.testing.assert_allclose(W[:, f], found.coef_[0], atol=2e-3)
 
 
@@ -266,7 +309,9 @@ def test_every_label_is_ranked_by_its_own_documents_and_shortlists():
     words, dense, *_ = svm_problem()
     tree = stages.tree.Tree(np.array([3, 1, -1, 0, 2, 4], np.int32), [2])
     Y = sp.csr_matrix(rng.random((120, 5)) < 0.2)
-    split = stages.data.Split(np.zeros(0, np.uint16), np.zeros(121, np.int64), Y.indices, Y.indptr.astype(np.int64))
+    split = stages.data.Split(
+        np.zeros(0, np.uint16), np.zeros(121, np.int64), Y.indices, Y.indptr.astype(np.int64)
+    )
     shortlist = np.stack([rng.permutation(5)[:2] for _ in range(120)])
     shortlist[::7, 1] = -1
     W, E = ranker.train(words, dense, split, shortlist, tree, 1.0)
@@ -283,12 +328,17 @@ def test_every_label_is_ranked_by_its_own_documents_and_shortlists():
     labels, new = ranker.reorder(shortlist, scores, slack, 0.5)
     margin = words @ W.toarray() + dense @ E
     for i in range(120):
-        expected = {int(label): score / 2 - max(0, 1 - margin[i, label]) ** 3
-                    for label, score in zip(shortlist[i], scores[i], strict=True) if label >= 0}
+        expected = {
+            int(label): score / 2 - max(0, 1 - margin[i, label]) ** 3
+            for label, score in zip(shortlist[i], scores[i], strict=True)
+            if label >= 0
+        }
         order = sorted(expected, key=lambda label: -expected[label])
         assert labels[i].tolist() == order + [-1] * (2 - len(order))
         for label, score in zip(labels[i], new[i], strict=True):
-            assert score == (pytest.approx(expected[label], rel=1e-4, abs=1e-5) if label >= 0 else -np.inf)
+            assert score == (
+                pytest.approx(expected[label], rel=1e-4, abs=1e-5) if label >= 0 else -np.inf
+            )
     labels, new = ranker.reorder(shortlist, scores, slack, 0.0)  # the SVM alone
     assert ((new == -np.inf) == (labels < 0)).all()
     for i in range(120):
@@ -306,48 +356,67 @@ def test_all_systems_side_by_side(run, capsys, tmp_path):
         assert [len(row) for row in rows] == ([12] if name == "cascade" else [12, 9])
         data = stages.data.load(run / folder)
         labels = load_npz(run / folder / "predictions.npz")[0]["labels"]
-        expected = 100 * stages.train.hits(labels[:, :1], data.splits["test"])[np.diff(
-            data.splits["test"].label_offsets) > 0].mean()
+        expected = (
+            100
+            * stages.train.hits(labels[:, :1], data.splits["test"])[
+                np.diff(data.splits["test"].label_offsets) > 0
+            ].mean()
+        )
         assert float(rows[0][0]) == pytest.approx(expected, abs=0.01)
         assert expected > 10  # chance is 2
     made = {path: path.stat().st_mtime_ns for path in run.rglob("*.npz")}
     compare.run(compare.Config(run=f"{run},{run}", documents=30))
     printed = capsys.readouterr().out
-    assert made == {path: path.stat().st_mtime_ns for path in run.rglob("*.npz")}  # nothing was trained again
+    # nothing was trained again
+    assert made == {path: path.stat().st_mtime_ns for path in run.rglob("*.npz")}
     assert printed.count("+-") == 1 + len(compare.SYSTEMS)
     copy = shutil.copytree(run, tmp_path / "copy")
     changed = load_pt(run / "model.pt")[0]
     load_npz(copy / "data.npz"), load_npz(copy / "tree.npz")
-    save_pt(copy / "model.pt", stages.train.Config(run=str(copy)), changed | {
-        "config": changed["config"] | {"epochs": 9}}, ("data.npz", "tree.npz"))
+    save_pt(
+        copy / "model.pt",
+        stages.train.Config(run=str(copy)),
+        changed | {"config": changed["config"] | {"epochs": 9}},
+        ("data.npz", "tree.npz"),
+    )
     stages.eval.run(stages.eval.Config(run=str(copy), k=20))
-    with pytest.raises(UserError, match="ranker was made from other data, or beside a cascade with other settings"):
+    with pytest.raises(
+        UserError, match="ranker was made from other data, or beside a cascade with other settings"
+    ):
         compare.run(compare.Config(run=str(copy)))
 
 
 def test_the_commands_of_the_readme(run, capsys):
     """In this process: as main runs them."""
-    (commands,) = re.findall(r"```sh\n(.*?)```", (ROOT / "variants" / "README.md").read_text(), flags=re.DOTALL)
+    (commands,) = re.findall(
+        r"```sh\n(.*?)```", (ROOT / "variants" / "README.md").read_text(), flags=re.DOTALL
+    )
     for command in commands.strip().splitlines():
         python, m, name, *flags = command.replace("runs/demo", str(run)).split()
         module = importlib.import_module(name)
         assert (python, m) == ("python", "-m")
         module.run(parse(module.Config, module.__doc__, flags))
-    assert (run / "xr_transformer-none" / "predictions.npz").exists() and "cascade + ranker" in capsys.readouterr().out
+    assert (
+        run / "xr_transformer-none" / "predictions.npz"
+    ).exists() and "cascade + ranker" in capsys.readouterr().out
 
 
 def test_a_staged_model_is_not_taken_for_a_cascade(run):
     folder = run / xr_transformer.NAME
     if not folder.exists():
         xr_transformer.run(xr_transformer.Config(run=str(run)))
-    with pytest.raises(UserError, match="was made by variants/xr_transformer.py, and its weights are not"):
+    with pytest.raises(
+        UserError, match="was made by variants/xr_transformer.py, and its weights are not"
+    ):
         stages.train.load(folder, stages.data.load(folder))
     assert isinstance(ranker.load_model(str(folder))[0], xr_transformer.XRTransformer)
 
 
 def test_what_cannot_be_is_refused(run, tmp_path):
-    for module, flags, message in ((xr_transformer, {"warm": "hot"}, "--warm hot"),
-                                   (ranker, {"features": "none"}, "--features none")):
+    for module, flags, message in (
+        (xr_transformer, {"warm": "hot"}, "--warm hot"),
+        (ranker, {"features": "none"}, "--features none"),
+    ):
         with pytest.raises(UserError, match=message):
             module.run(module.Config(run=str(run), **flags))
     for name in ("data.npz", "tree.npz"):
@@ -357,4 +426,8 @@ def test_what_cannot_be_is_refused(run, tmp_path):
             module.run(module.Config(run=str(tmp_path)))
     with pytest.raises(UserError, match="predictions.npz does not exist; run: python 05_eval.py"):
         compare.run(compare.Config(run=str(tmp_path)))
-    assert {field.name for field in dataclasses.fields(compare.Config)} == {"run", "documents", "seed"}
+    assert {field.name for field in dataclasses.fields(compare.Config)} == {
+        "run",
+        "documents",
+        "seed",
+    }

@@ -1,11 +1,12 @@
 """Compare the predictions of several runs, and make an ensemble of them.
 
     python -m tools.compare runs/a runs/b                           two: a paired bootstrap
-    python -m tools.compare runs/seed-0 runs/seed-1 runs/seed-2     more: mean and standard deviation
+    python -m tools.compare runs/seed-0 runs/seed-1 runs/seed-2     more: mean and deviation
     python -m tools.compare --ensemble runs/a runs/b runs/c --out runs/abc
 
 Reads    RUN/data.npz and RUN/predictions.npz of each run; with --split val, RUN/predictions.val.npz
-Writes   with --ensemble, OUT/predictions.npz, and OUT/data.npz, a link to the first run's: OUT is a run folder
+Writes   with --ensemble, a run folder: OUT/predictions.npz, and OUT/data.npz, a link to the first
+         run's
 
 All runs must have predicted the same documents with the same true and known labels; only their
 tokens may differ. Metrics are in percent, over the documents that have labels. PSP takes its
@@ -23,8 +24,8 @@ have it among its k labels, its probability there is unknown, at most that of th
 taken to be 0: predict with a larger --k than you need. Labels with equal scores are ordered by
 their ids.
 
-Shapes   N documents, L labels, B documents in a chunk, k labels predicted by a run, M those of all runs,
-         P (document, label) pairs, Q metrics, R resamples
+Shapes   N documents, L labels, B documents in a chunk, k labels predicted by a run, M labels
+         predicted by any run, P (document, label) pairs, Q metrics, R resamples
 """
 
 import argparse
@@ -103,7 +104,7 @@ class Member:
 
 
 def load_predictions(path: Path, split: str, n_documents: int, n_labels: int) -> Member:
-    """What a run has predicted. UserError unless it is what docs/artifacts.md says, for that split."""
+    """What a run has predicted for a split. UserError unless it is as in docs/artifacts.md."""
     arrays, meta = load_npz(path)
     of = meta["config"].get("split")
     if of != split:
@@ -118,8 +119,9 @@ def load_predictions(path: Path, split: str, n_documents: int, n_labels: int) ->
         fits = (are_labels & are_probabilities).all()
     if not fits:
         raise UserError(
-            f"{path}: labels {labels.dtype} {labels.shape}, scores {scores.shape}; expected label ids from "
-            f"-1 to {n_labels - 1:,} and probabilities, both (N, k), for {n_documents:,} documents"
+            f"{path}: labels {labels.dtype} {labels.shape}, scores {scores.shape}; expected label "
+            f"ids from -1 to {n_labels - 1:,} and probabilities, both (N, k), for "
+            f"{n_documents:,} documents"
         )
     return Member(labels, scores, meta.get("ranking", ""), meta["sha256"])
 
@@ -143,8 +145,8 @@ def check_same(first: Truth, other: Truth, split_name: str) -> None:
     same_offsets = np.array_equal(first.split.label_offsets, other.split.label_offsets)
     if not (same_names and same_labels and same_offsets):
         raise UserError(
-            f"{first.folder} and {other.folder} differ in the labels of {split_name} documents or in "
-            "their names; make their data.npz from the same corpus"
+            f"{first.folder} and {other.folder} differ in the labels of {split_name} documents or "
+            "in their names; make their data.npz from the same corpus"
         )
     # What is known beforehand is no prediction: one run must not be spared wrong labels that the
     # other is not spared.
@@ -240,7 +242,7 @@ def bootstrap(added_NQ: np.ndarray, seed: int, resamples: int = 1000) -> np.ndar
 
 
 def ensemble(members: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
-    """{"labels" (N, k) int32, "scores" (N, k) float32}: mean scores; k is the largest of the members."""
+    """{"labels" (N, k) int32, "scores" (N, k) float32}: mean scores; k is the members' largest."""
     k = max(member["labels"].shape[1] for member in members)
     n_documents = len(members[0]["labels"])
     labels = []
@@ -287,7 +289,8 @@ def prepare(config: Config, file: str, n_bytes: int) -> None:
     has_others = (out / file).exists() and "members" not in load_npz(out / file)[1]
     if is_a_member or has_model or has_others:
         raise UserError(
-            f"--out {out} holds a model or predictions that are no ensemble's; choose another folder"
+            f"--out {out} holds a model or predictions that are no ensemble's; choose another "
+            "folder"
         )
     need_space(out, n_bytes + source.stat().st_size)
     if not (out / "data.npz").exists():
@@ -300,9 +303,8 @@ def write_ensemble(config: Config, file: str, members: list[Member]) -> np.ndarr
     """Write the ensemble's predictions; its labels (N, k)."""
     rankings = {member.ranking for member in members}
     if len(rankings) > 1:
-        print(
-            f"note: the runs are ranked by {', '.join(sorted(rankings))}; their scores mean different things"
-        )
+        names = ", ".join(sorted(rankings))
+        print(f"note: the runs are ranked by {names}; their scores mean different things")
     prepare(config, file, 2 * max(member.scores_Nk.nbytes for member in members))
     predictions = [{"labels": member.labels_Nk, "scores": member.scores_Nk} for member in members]
     arrays = ensemble(predictions)
@@ -377,7 +379,8 @@ def run(config: Config) -> None:
     n = len(added[0])
     if not n:
         raise UserError(
-            f"none of the {config.split} documents of {config.runs[0]} has labels; nothing to compare"
+            f"none of the {config.split} documents of {config.runs[0]} has labels; nothing to "
+            "compare"
         )
     values = np.array([percent(one.sum(axis=0), n) for one in added])
 

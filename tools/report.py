@@ -2,15 +2,17 @@
 
     python -m tools.report --run runs/demo --at 1,5,20 --propensity 0.6,2.6 --isotonic
 
-Reads    RUN/data.npz, RUN/predictions.npz (test split), and RUN/predictions.val.npz (validation split) for
-         what is chosen there: score thresholds and --isotonic. Without it they are left out, with a
-         word
+Reads    RUN/data.npz
+         RUN/predictions.npz        of the test split
+         RUN/predictions.val.npz    of the validation split, where score thresholds and isotonic
+                                    regression are chosen. Without this file they are left out, and
+                                    a line says so.
 Writes   nothing
 
 How many correct labels the shortlists keep needs the model: 05_eval.py prints it.
 
-Shapes   N documents, L labels, k labels predicted, P (document, label) pairs, G correct predictions,
-         Q classes of labels by frequency
+Shapes   N documents, L labels, k labels predicted, P (document, label) pairs, G correct
+         predictions, Q classes of labels by frequency
 """
 
 from dataclasses import dataclass
@@ -55,7 +57,8 @@ def load(
     if wrong:
         raise UserError(f"{path} holds {wrong}; write it again with what wrote it")
     scores = np.where(labels < 0, -1, scores)
-    return labels, scores, hits(labels, data.splits[name])
+    correct = stages.train.hits(labels, data.splits[name])
+    return labels, scores, correct
 
 
 def what_is_wrong(
@@ -92,18 +95,6 @@ def what_is_wrong(
             "expected probabilities, the best first, 0 for label -1"
         )
     return ""
-
-
-def hits(labels_Nk: np.ndarray, split: stages.data.Split) -> np.ndarray:
-    """(N, k) bool: which predicted labels are correct. As in stage 4; quicker where k is large."""
-    correct_Nk = np.zeros(labels_Nk.shape, bool)
-    n_N = np.diff(split.label_offsets)
-    doc_P = np.repeat(np.arange(len(n_N)), n_N)
-    for j, label_N in enumerate(labels_Nk.T):
-        predicted_P = np.repeat(label_N, n_N)
-        is_hit_P = predicted_P == split.labels
-        correct_Nk[doc_P[is_hit_P], j] = True
-    return correct_Nk
 
 
 # 2. Metrics by the frequency of labels.
@@ -247,7 +238,7 @@ def precision_coverage(scores: np.ndarray, correct: np.ndarray) -> tuple[np.ndar
 
 
 def coverage(scores: np.ndarray, correct: np.ndarray, precision: float) -> tuple[float, float]:
-    """(threshold, coverage): the largest coverage with at least that precision; (inf, 0) if none."""
+    """(threshold, coverage): the largest coverage with that precision; (inf, 0) if none."""
     covered, reached = precision_coverage(scores, correct)
     share = covered[reached >= precision].max(initial=0)
     if not share:
@@ -275,7 +266,7 @@ def reliability(scores: np.ndarray, correct: np.ndarray, bins: int = 15) -> tupl
 
 
 def calibration(scores: np.ndarray, correct: np.ndarray, bins: int = 15) -> float:
-    """Expected calibration error in percent: |mean score - share correct| of a bin, weighted by n."""
+    """Expected calibration error, %: |mean score - share correct| of a bin, weighted by n."""
     _, _, n, score, share = reliability(scores, correct, bins)
     return 100 * np.average(abs(score - share), weights=n)
 
@@ -365,7 +356,7 @@ def print_scores(data: stages.data.Data, found: tuple) -> None:
 
 
 def print_chosen(config: Config, data: stages.data.Data, test: tuple, val: tuple) -> None:
-    """What is chosen on validation and then measured on test: thresholds, and isotonic regression."""
+    """Thresholds, and isotonic regression: chosen on validation, then measured on test."""
     labels, scores, correct = test
     _, val_scores, val_correct = val
     true_L = np.bincount(data.splits["test"].labels, minlength=len(data.names))

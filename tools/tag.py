@@ -145,7 +145,7 @@ def read(file: BinaryIO, complain: Callable[[int, str], None]) -> Iterator[dict]
 
 
 def opened(path: str, mode: str, flag: str) -> contextlib.AbstractContextManager[BinaryIO]:
-    """A file; with - standard input or output, which stays open. UserError if it cannot be opened."""
+    """A file, or with - standard input or output. UserError if it cannot be opened."""
     if path == "-":
         return contextlib.nullcontext(sys.stdin.buffer if mode == "rb" else sys.stdout.buffer)
     try:

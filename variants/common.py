@@ -47,7 +47,7 @@ def cascade_settings(run: str, out: Path, **changes) -> stages.train.Config:
 def train_on_tree(
     run: str, name: str, levels: Callable[[list[int]], list[int]], build: Callable, **changes
 ) -> None:
-    """Stages 4 and 5 in RUN/NAME, on some levels of the cascade's tree, with the model of `build`."""
+    """Stages 4 and 5 in RUN/NAME, with the model of `build` on some levels of the tree."""
     out = folder(run, name, "data.npz")
     config = cascade_settings(run, out, **changes)
     tree = stages.tree.load(run)

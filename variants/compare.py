@@ -1,7 +1,7 @@
 """The cascade beside its neighbours: same corpus, encoder, label tree and number of passes.
 
     python -m variants.compare --run runs/demo
-    python -m variants.compare --run runs/seed-0,runs/seed-1,runs/seed-2     mean and spread over seeds
+    python -m variants.compare --run runs/seed-0,runs/seed-1,runs/seed-2     mean and spread
 
 Reads    each RUN, in which the cascade has been trained and tested (stages 1, 2, 4, 5)
 Writes   RUN/{ranker,xr_transformer,xr_transformer/ranker,one_vs_all,light_xml}/, where there are no
@@ -184,7 +184,7 @@ def measure(folder: Path) -> tuple[list[float], np.ndarray]:
 
 
 def minus_cascade(system: np.ndarray, cascade: np.ndarray, seed: int) -> np.ndarray:
-    """(3, Q): 2.5%, median and 97.5% of a system's metrics minus the cascade's, by the bootstrap."""
+    """(3, Q): 2.5%, median and 97.5% of a system minus the cascade, by the bootstrap."""
     gap = (system - cascade)[:, :-1]
     best_psp = system[:, -1]
     drawn = bootstrap(np.column_stack([gap, best_psp]), seed)

@@ -37,7 +37,7 @@ def last_five(depth: int) -> str:
 def build(
     data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, encoder=None
 ):
-    """A Cascade with one cluster level whose two levels share the map from hidden states to the feature."""
+    """A Cascade with one cluster level. Both levels share the map from hidden states to feature."""
     model = stages.model.build(data, tree, config, encoder)
     model.join[1] = model.join[0]
     return model

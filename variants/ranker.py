@@ -2,20 +2,21 @@
 more.
 
     python -m variants.ranker --run runs/demo                       on the cascade
-    python -m variants.ranker --run runs/demo/xr_transformer        on XR-Transformer: its published form, made small
+    python -m variants.ranker --run runs/demo/xr_transformer        on XR-Transformer, as published
     python -m variants.ranker --run runs/demo --features sparse     one of the two parts alone
-    python -m variants.ranker --run runs/demo --power 0             the SVM alone, on the model's shortlist
+    python -m variants.ranker --run runs/demo --power 0             the SVM alone
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt
-Writes   RUN/ranker/    ranker.npz, predictions.npz; with --features, RUN/ranker-sparse or RUN/ranker-dense; with
-         --power 0, RUN/ranker-power-0
+Writes   RUN/ranker/    ranker.npz, predictions.npz
+         with --features, RUN/ranker-sparse or RUN/ranker-dense; with --power 0, RUN/ranker-power-0
 
 The last step of XR-Transformer, and the "+ sparse ranker" of both papers: words that the encoder
 never saw, since it reads the first --max-len tokens, and rare ones that it could not learn, still
 count. For each label a linear SVM with squared hinge tells its own documents from those whose
 shortlist it is on, the negatives that matter:
 
-    min_w  |w|^2 / 2 + C sum_i max(0, 1 - y_i w.x_i)^2,        x = [TF-IDF, all tokens ; last layer's feature ; 1]
+    min_w  |w|^2 / 2 + C sum_i max(0, 1 - y_i w.x_i)^2
+    x = [TF-IDF of all tokens ; feature of the last layer ; 1]
 
 each part at length 1. Weights below 1e-3 are dropped. A label's score is p^a exp(-max(0, 1 -
 w.x)^3), where p is the model's; a is 1 in the papers and chosen on validation here, from POWERS: an
@@ -25,7 +26,8 @@ the same shortlists: one problem with several right-hand sides, variants/svm.py.
 authors train a whole chain of rankers, on a new tree. To predict, all labels are scored for a chunk
 of documents at once, which is quick for tens of thousands of labels.
 
-Shapes   N documents, n those of one cluster, F its labels, V vocabulary, D width (+ 1), k labels of a shortlist
+Shapes   N documents, n documents of one cluster, F its labels, V vocabulary, D width (+ 1),
+         k labels of a shortlist
 """
 
 import argparse
@@ -234,7 +236,7 @@ def slacks(
 def reorder(
     labels_Nk: np.ndarray, scores_Nk: np.ndarray, slack_Nk: np.ndarray, power: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(labels, log scores), sorted by power * the model's log score - slack; -1 and -inf stay last."""
+    """(labels, log scores), sorted by power * the model's log score - slack. -1, -inf stay last."""
     is_label_Nk = labels_Nk >= 0
     model_Nk = power * np.where(is_label_Nk, scores_Nk, 0)
     new_Nk = np.where(is_label_Nk, model_Nk - slack_Nk, -np.inf)

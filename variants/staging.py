@@ -26,7 +26,7 @@ WARM_STARTS = ("linear", "inherit", "none")
 
 
 def shares(epochs: int, n_stages: int) -> list[int]:
-    """Passes of each stage, about 3 : 4 : 6, as the authors' 600, 800 and 1,200 steps for EURLex-4K."""
+    """Passes of each stage, about 3 : 4 : 6. (The authors: 600, 800, 1,200 steps for EURLex-4K.)"""
     weights = np.array([3, 4, 6, 8, 10, 12][:n_stages])
     ends = np.round(epochs * weights.cumsum() / weights.sum())
     passes = np.diff(ends, prepend=0).astype(int).tolist()
@@ -46,7 +46,7 @@ class Batch(namedtuple("Batch", (*stages.data.Batch._fields, "parents_BK"))):
 
 
 class Batches(stages.train.Batches):
-    """Batches of one stage. parents_Nb: what the stage above found; parent_L: each label's parent."""
+    """Batches of one stage. parents_Nb: what the stage above found; parent_L: of each label."""
 
     def __init__(
         self,
@@ -68,7 +68,7 @@ class Batches(stages.train.Batches):
 
 
 def union(parents_Bb: np.ndarray, doc_P: np.ndarray, parent_P: np.ndarray) -> np.ndarray:
-    """(B, K): each document's row of parents together with those of its pairs, each once; -1 behind."""
+    """(B, K): a document's row of parents and those of its pairs, each once; -1 behind."""
     n_documents = len(parents_Bb)
     # Every (document, parent) becomes one number. Sorted, and each once, they are all sets in a
     # row.

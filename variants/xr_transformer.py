@@ -116,7 +116,7 @@ class XRTransformer(stages.model.Cascade):
     def down(
         self, x_BD: Tensor, parents_BK: Tensor, scores_BK: Tensor, t: int
     ) -> tuple[Tensor, Tensor]:
-        """(nodes of level t + 1, their log scores) from scored parents: the best b, of labels all."""
+        """(nodes of level t + 1, their log scores): the best b below scored parents; all labels."""
         z_BKF = self.logits(x_BD, parents_BK, t)
         fan = z_BKF.shape[2]
         nodes = stages.tree.expand(parents_BK, fan)
@@ -232,7 +232,7 @@ def build(
 
 
 def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransformer, float]:
-    """(the model, seconds) after all stages, one after the other; log.jsonl has the records of all."""
+    """(the model, seconds) after all stages. log.jsonl has the records of all."""
     data = stages.data.load(out)
     tree = stages.tree.load(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
