@@ -394,7 +394,10 @@ def load(folder: str | Path) -> Tree:
     tree = Tree(arrays["slot_to_label"], arrays["levels"].tolist())
     problem = what_is_wrong(tree)
     if problem:
-        raise UserError(f"{path}: {problem}; run: python 02_label_tree.py --run {folder}")
+        raise UserError(
+            f"{path}: {problem}; run: python 02_label_tree.py --run {folder}, "
+            "or the script of your own that made it"
+        )
     return tree
 
 
@@ -414,7 +417,10 @@ def what_is_wrong(tree: Tree) -> str:
         above = n
     if above > max(1, len(labels)):
         return f"levels {tree.levels}: {above} clusters > {len(labels)} labels"
-    if len(tree.slot_to_label) % above or (labels != np.arange(len(labels))).any():
+    n_slots = len(tree.slot_to_label)
+    if n_slots % above:
+        return f"{n_slots} slots: expected equally many for each of the {above} leaf clusters"
+    if (labels != np.arange(len(labels))).any():
         return "its slots are no permutation of the labels"
     return ""
 

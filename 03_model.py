@@ -51,6 +51,7 @@ Shapes   B documents of a batch, T tokens, D width of a feature, H hidden states
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import partial
 from importlib import import_module
 from typing import NamedTuple, Protocol
 
@@ -60,7 +61,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from plumbing.cli import flag, int_list, main, natural, positive, settle
-from plumbing.encoders import bare_encoder, positions, pretrained_encoder, without_waiting
+from plumbing.encoders import (
+    bare_encoder,
+    check_own_encoder,
+    positions,
+    pretrained_encoder,
+    without_waiting,
+)
 from plumbing.errors import UserError
 from plumbing.label_level import ShortlistProduct, product, refuse_other_optimizers
 
@@ -140,7 +147,7 @@ class EncoderProtocol(Protocol):
     """What the cascade asks of an encoder. Any torch module with these five members will do."""
 
     width: int  # D, of every hidden state
-    depth: int  # the last hidden state; 0 are the embeddings
+    depth: int  # number of the last hidden state; number 0 are the embeddings
     table: Tensor | None  # word embeddings that learn at the rate of the heads, or None
 
     def __call__(self, ids_BT: Tensor, mask_BT: Tensor, layers: set[int]) -> dict[int, Tensor]:
@@ -259,11 +266,12 @@ def choose_layers(depth: int, n_levels: int) -> list[list[int]]:
     the published settings: 7+8, 10, 12 for three levels and 5+6, 8, 10, 12 for four.
     """
     layers = []
+    lowest = min(1, depth)  # the embeddings, number 0, only if there is nothing else
     for level in range(n_levels):
         # How far above the labels is this level? One sixth of the depth for each level.
         levels_below = n_levels - 1 - level
         layer = int(depth * (1 - levels_below / 6) + 0.5)  # rounded to the nearest layer
-        layers.append([max(1, layer)])
+        layers.append([max(lowest, layer)])
     # The coarsest level gets the layer before as well.
     coarsest = layers[0][0]
     if n_levels > 1 and coarsest > 1:
@@ -497,15 +505,22 @@ class Cascade(nn.Module):
         return features
 
     def nodes(self, label_P: Tensor, t: int) -> Tensor:
-        """The node of level t above each label: a division of its slot. Level 0 is the root."""
+        """The node of level t above each label: a division of its slot.
+
+        Level 0 is the coarsest, and level -1 the root.
+        """
         slot_P = self.label_to_slot[label_P]
-        slots_per_node = self.counts[-1] // self.counts[t]
+        slots_per_node = self.counts[-1] // self.counts[t + 1]
         return slot_P // slots_per_node
 
     def shortlist(
         self, t: int, logits_BKF: Tensor, targets_BKF: Tensor | None, batch: data_stage.Batch
     ) -> Tensor:
-        """Places (B, k) of the clusters that level t keeps, among its K * F candidates."""
+        """Which clusters level t keeps: places (B, topk[t]) among its K * F candidates, int64.
+
+        Level 0 is the coarsest. The places of a document differ from each other; their order does
+        not matter. There are no targets in prediction.
+        """
         return shortlist(logits_BKF, targets_BKF, self.topk[t])
 
     def descend(
@@ -525,7 +540,7 @@ class Cascade(nn.Module):
             # 2. In training: which of them have a correct label below?
             targets_BKF = None
             if teacher:
-                node_P = self.nodes(batch.label_P, t + 1)
+                node_P = self.nodes(batch.label_P, t)
                 targets_BKF = tree_stage.match(node_P, batch.doc_P, parents_BK, fan)
             yield Level(parents_BK, picked_BK, logits_BKF, targets_BKF)
             # 3. Keep the best. They are the parents of the next level.
@@ -540,6 +555,7 @@ class Cascade(nn.Module):
         For a logit z and a target y in {0, 1} it is softplus(z) - y z, which is
         -log sigmoid(z) for y = 1 and -log(1 - sigmoid(z)) for y = 0.
         An empty slot has z = -inf: softplus makes its loss and its gradient exactly 0.
+        Every level has this loss, clusters and labels.
         """
         correct_BKF = torch.where(targets_BKF > 0, logits_BKF, 0.0)
         return (functional.softplus(logits_BKF) - correct_BKF).sum() / len(logits_BKF)
@@ -654,7 +670,8 @@ def build(
     """
     torch.manual_seed(config.seed)
     # The encoder, new or given.
-    if encoder is None:
+    is_new = encoder is None
+    if is_new:
         encoder = make_encoder(data, config)
     # The size of the shortlists.
     if config.topk:
@@ -669,6 +686,10 @@ def build(
         layers = [int_list(group.replace("+", ","), "--layers") for group in groups]
     else:
         layers = choose_layers(encoder.depth, n_levels)
+    # An encoder of a fork shows its mistakes now, and not after a long training.
+    if is_new and not isinstance(encoder, Encoder):
+        make_again = partial(make_encoder, data, config)
+        check_own_encoder(encoder, set().union(*layers), make_again)
     dropout = rates(config.dropout, n_levels)
     model = cascade(encoder, tree, topk, layers, config.join, dropout)
     # Half the memory for the label weights, by far the biggest part with millions of labels.
@@ -689,6 +710,13 @@ def run(config: Config) -> None:
     for name, part in (("encoder", model.encoder), ("heads", model.heads)):
         n_parameters = sum(parameter.numel() for parameter in part.parameters())
         print(f"{name}: {n_parameters:,} parameters")
+
+    n_slots = len(tree.slot_to_label)
+    n_empty = n_slots - len(data.names)
+    print(
+        f"tree: clusters per level {tree.levels}, of which {model.topk} are kept; "
+        f"{n_slots:,} slots, {n_empty:,} of them empty"
+    )
 
     # 3. Four documents go down the tree, with the teacher.
     batch = data.batch("train", np.arange(4), config.max_len)

@@ -25,7 +25,7 @@ Shapes   N documents of a split, B documents of a batch, K clusters kept for a d
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from importlib import import_module
 from pathlib import Path
 
@@ -394,7 +394,7 @@ def predict_rankings(
             n_documents, n_clusters, dtype=torch.bool, device=clusters_BK.device
         )
         is_kept_BC.scatter_(1, clusters_BK, True)
-        node_P = model.nodes(batch.label_P, t + 1)
+        node_P = model.nodes(batch.label_P, t)
         is_kept_P = is_kept_BC[batch.doc_P, node_P]
         found[f"kept {t}"] = torch.bincount(batch.doc_P[is_kept_P], minlength=n_documents)
     return {key: value.cpu().numpy() for key, value in found.items()}
@@ -543,7 +543,7 @@ def set_prior(model: model_stage.Cascade, split: data_stage.Split) -> None:
     for t, head in enumerate(model.heads):
         n_nodes = model.counts[t + 1]
         # A document with several labels below a node counts once.
-        pairs = (doc_P * n_nodes + model.nodes(label_P, t + 1)).unique()
+        pairs = (doc_P * n_nodes + model.nodes(label_P, t)).unique()
         count = (pairs % n_nodes).bincount(minlength=n_nodes).view_as(head.bias)
         # Half a document more on both sides: no logarithm of 0.
         odds = (count + 0.5) / (n_documents - count + 0.5)
@@ -613,6 +613,7 @@ def keep_the_best(job: Job, training: Training, result: dict, log: Callable[[dic
             "ranking": ranking,
             "model": job.model.state_dict(),
             "encoder": job.model.encoder.description(),
+            "cascade": type(job.model).__name__,
         }
         save_pt(Path(job.config.run) / "model.pt", job.config, content, ("data.npz", "tree.npz"))
 
@@ -620,7 +621,7 @@ def keep_the_best(job: Job, training: Training, result: dict, log: Callable[[dic
 def save_phase(job: Job, phase: str, training: Training) -> None:
     """Write checkpoint.pt: the state of this training, and where in the run it stands."""
     is_last_phase = phase == "all" or job.config.epochs == 0
-    content = {"config": settings(job.config)}
+    content = {"config": settings(job.config), "cascade": type(job.model).__name__}
     content |= training.state()
     content |= {
         "best": job.best,
@@ -674,7 +675,7 @@ def prepare(
     # Go on from a checkpoint? It brings its settings and its weights.
     state = None
     if config.resume:
-        state, config = go_on(out, config)
+        state, config = go_on(out, config, type(model).__name__)
         set_weights(model, state["model"], out / "checkpoint.pt", "04_train.py")
     # Is there room on the disk for all that will be written?
     heads_left = config.head_epochs and (not state or state["phase"] == "heads")
@@ -725,15 +726,30 @@ def run(config: Config, build: Callable = model_stage.build) -> None:
 
 
 def load(
-    folder: str | Path, data: data_stage.Data, build: Callable = model_stage.build
+    folder: str | Path,
+    data: data_stage.Data,
+    build: Callable = model_stage.build,
+    config_type: type[Config] = Config,
 ) -> tuple[model_stage.Cascade, Config, str]:
-    """(model, its settings, the ranking chosen on validation) from RUN/model.pt; needs no hub."""
+    """(model, its settings, the ranking chosen on validation) from RUN/model.pt; needs no hub.
+
+    A fork may have its own `build`, and its own settings in a subclass of Config.
+    """
     path = Path(folder) / "model.pt"
     content, meta = load_pt(path)
-    config = Config(run=str(folder), **content["config"])
+    added = set(content["config"]) - {field.name for field in fields(config_type)}
+    if added:
+        raise UserError(
+            f"{path} has settings that 04_train.py does not know ({', '.join(sorted(added))}); "
+            "run the script that it was trained with"
+        )
+    config = config_type(run=str(folder), **content["config"])
     encoder = model_stage.make_encoder(data, config, content["encoder"], content["model"])
     model = build(data, tree_stage.load(folder), config, encoder)
     set_weights(model, content["model"], path, meta["stage"])
+    trained_as = content.get("cascade", "Cascade")  # older files do not say
+    if trained_as != type(model).__name__:
+        print(f"note: {path} was trained as {trained_as}, this is {type(model).__name__}")
     model.amp = config.amp
     return model, config, content["ranking"]
 

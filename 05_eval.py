@@ -457,12 +457,17 @@ def show(config: Config, data: data_stage.Data, labels: np.ndarray, scores: np.n
 # 5. From the command line to a table.
 
 
-def run(config: Config) -> None:
+def run(
+    config: Config,
+    build: Callable = model_stage.build,
+    train_config: type[train_stage.Config] = train_stage.Config,
+) -> None:
+    """Predict and measure. `build` and `train_config`: of a fork, as in 04_train.py: load."""
     if config.split not in ("train", "val", "test"):
         raise UserError(f"--split {config.split}: expected test, val or train")
     pair(config.propensity, "--propensity")  # refused now, not after minutes of prediction
     data = data_stage.load(config.run)
-    model, trained, ranking = train_stage.load(config.run, data)
+    model, trained, ranking = train_stage.load(config.run, data, build, train_config)
     if config.exact and ranking == "label" and model.topk:
         raise UserError(
             "--exact: validation chose p(label) as the ranking of the beam. It was trained inside "

@@ -53,12 +53,18 @@ def without_advice(error: UserError) -> str:
 # 2. Going on, and starting over.
 
 
-def go_on(folder: Path, config: Any) -> tuple[dict, Any]:
+def go_on(folder: Path, config: Any, cascade: str) -> tuple[dict, Any]:
     """(the checkpoint to go on from, the settings it was made with); the log is cut back to it.
 
-    UserError unless the settings given are the same.
+    UserError unless the settings given are the same, and the name of the model's class.
     """
     state = load_checkpoint(folder)
+    trained_as = state.get("cascade", "Cascade")  # older files do not say
+    if trained_as != cascade:
+        raise UserError(
+            f"--resume: {folder} was trained as {trained_as}, this is {cascade}; "
+            "go on with the script that began it"
+        )
     for key, before in state["config"].items():
         given = getattr(config, key, None)
         if given not in (before, "auto"):

@@ -6,6 +6,7 @@ torch and everything else together, and much has no need of them.
 """
 
 import math
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +61,11 @@ def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> nn.Module:
         if not key.startswith("_") and key not in UNSAFE:
             safe[key] = value
     kind = str(safe.pop("model_type", ""))
+    if not kind:
+        raise UserError(
+            "model.pt: its encoder is not of the transformers library; "
+            "run the script that it was trained with"
+        )
     try:
         check_depth(safe, len(weights))
         shape = AutoConfig.for_model(kind, **safe)
@@ -76,6 +82,35 @@ def bare_encoder(config: dict, weights: dict[str, torch.Tensor]) -> nn.Module:
             "model.pt: its encoder's configuration does not fit its weights "
             f"({error}); train it again"
         ) from error
+
+
+def check_own_encoder(
+    encoder: nn.Module, layers: set[int], make_again: Callable[[dict, dict], nn.Module]
+) -> None:
+    """TypeError unless a fork's encoder is what EncoderProtocol in 03_model.py says.
+
+    make_again(description, weights) is what loading a trained model will do.
+    """
+    name = type(encoder).__name__
+    for member in ("width", "depth", "table", "description"):
+        if not hasattr(encoder, member):
+            raise TypeError(f"{name} has no {member}: see EncoderProtocol in 03_model.py")
+    # Two documents of three tokens.
+    ids_BT = torch.zeros(2, 3, dtype=torch.int64)
+    with torch.no_grad():
+        features = encoder(ids_BT, torch.ones_like(ids_BT), layers)
+    for layer in layers:
+        shape = tuple(features[layer].shape)
+        if shape != (2, encoder.width):
+            raise TypeError(
+                f"{name}: hidden state {layer} of 2 documents has the shape {shape}, expected one "
+                f"feature a document, (2, {encoder.width}): see EncoderProtocol in 03_model.py"
+            )
+    weights = encoder.state_dict()
+    again = make_again(encoder.description(), weights).state_dict()
+    shapes = {key: weight.shape for key, weight in weights.items()}
+    if shapes != {key: weight.shape for key, weight in again.items()}:
+        raise TypeError(f"make_encoder makes another {name} from its description()")
 
 
 def check_depth(config: dict, n_weights: int) -> None:

@@ -7,8 +7,10 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, make_corpus, stages
 
+from plumbing.encoders import check_own_encoder
 from plumbing.store import load_pt
 
 PAGES = sorted((ROOT / "docs").glob("*.md"))
@@ -44,6 +46,15 @@ def run(tmp_path_factory):
     return folder
 
 
+def failure(*words) -> str:
+    """What a command says that fails."""
+    done = subprocess.run(
+        [sys.executable, *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == 2, done.stderr
+    return done.stderr
+
+
 def blocks_of_forking() -> dict[str, str]:
     """{heading: the Python block below it} of docs/forking.md."""
     page = (ROOT / "docs" / "forking.md").read_text()
@@ -69,15 +80,46 @@ def test_there_is_an_example_for_each_part_that_forks_change():
     ]
 
 
-@pytest.mark.parametrize("name", ["Another loss", "Other negatives"])
-def test_a_fork_with_another_loss_or_other_negatives_learns_otherwise(run, name):
+def weights_of(run) -> dict[str, np.ndarray]:
+    return {key: value.numpy() for key, value in load_pt(run / "model.pt")[0]["model"].items()}
+
+
+def test_a_fork_with_another_loss_is_trained_and_judged_with_its_setting(run):
+    weights = []
+    for gamma in ("2", "0"):
+        printed = start("Another loss", run, *SMALL, "--gamma", gamma)
+        assert f"gamma={gamma}.0" in printed and "cascade, p(label)" in printed
+        weights.append(weights_of(run))
+    # Gamma 0 is the plain loss.
     python("04_train.py", "--run", run, *SMALL)
-    before = load_pt(run / "model.pt")[0]["model"]
-    start(name, run, *SMALL)
-    after = load_pt(run / "model.pt")[0]["model"]
+    plain = weights_of(run)
+    assert set(plain) == set(weights[0]) == set(weights[1])
+    assert all(np.allclose(plain[key], weights[1][key], atol=1e-4) for key in plain)
+    assert not all(np.allclose(plain[key], weights[0][key], atol=1e-4) for key in plain)
+
+
+def test_a_fork_with_a_setting_of_its_own_is_judged_by_its_own_script(run):
+    start("Another loss", run, *SMALL)
+    error = failure("05_eval.py", "--run", run)
+    assert "has settings that 04_train.py does not know (gamma); run the script" in error
+
+
+def test_a_fork_with_other_negatives_learns_otherwise(run):
+    python("04_train.py", "--run", run, *SMALL)
+    before = weights_of(run)
+    start("Other negatives", run, *SMALL)
+    after = weights_of(run)
     assert set(before) == set(after)
-    assert any(not np.array_equal(before[key].numpy(), after[key].numpy()) for key in before)
-    assert "cascade, p(label)" in python("05_eval.py", "--run", run)
+    assert any(not np.array_equal(before[key], after[key]) for key in before)
+    printed = python("05_eval.py", "--run", run)
+    assert "was trained as RandomNegatives, this is Cascade" in printed
+    assert "cascade, p(label)" in printed
+
+
+def test_a_training_goes_on_only_with_the_script_that_began_it(run):
+    start("Other negatives", run, *SMALL)
+    error = failure("04_train.py", "--run", run, *SMALL, "--resume")
+    assert "was trained as RandomNegatives, this is Cascade; go on with the script" in error
 
 
 def test_a_fork_with_another_encoder_is_trained_and_judged(run):
@@ -85,6 +127,57 @@ def test_a_fork_with_another_encoder_is_trained_and_judged(run):
     assert "cascade, p(label)" in printed
     content = load_pt(run / "model.pt")[0]
     assert content["encoder"]["width"] == 128 and "encoder.words.weight" in content["model"]
+    error = failure("05_eval.py", "--run", run)
+    assert "is not of the transformers library; run the script that it was trained with" in error
+
+
+class OwnEncoder(torch.nn.Module):
+    """As EncoderProtocol says; the tests take something away."""
+
+    depth = 0
+    table = None
+
+    def __init__(self, width: int = 16) -> None:
+        super().__init__()
+        self.width = width
+        self.words = torch.nn.Embedding(300, width)
+
+    def forward(self, ids_BT, mask_BT, layers):
+        return {0: self.words(ids_BT).mean(1)}
+
+    def description(self):
+        return {"width": self.width}
+
+
+class Unpooled(OwnEncoder):
+    def forward(self, ids_BT, mask_BT, layers):
+        return {0: self.words(ids_BT)}
+
+
+class Forgetful(OwnEncoder):
+    def description(self):
+        return {}
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (OwnEncoder, ""),
+        (Unpooled, r"hidden state 0 of 2 documents has the shape \(2, 3, 8\)"),
+        (Forgetful, "another Forgetful from its description"),
+        (torch.nn.Identity, "Identity has no width: see EncoderProtocol"),
+    ],
+)
+def test_a_mistake_in_an_encoder_of_a_fork_shows_before_the_training(make, said):
+    def make_again(description, weights):
+        return make(**description)
+
+    encoder = make() if make is torch.nn.Identity else make(8)
+    if not said:
+        check_own_encoder(encoder, {0}, make_again)
+        return
+    with pytest.raises(TypeError, match=said):
+        check_own_encoder(encoder, {0}, make_again)
 
 
 def test_a_fork_with_another_tree_is_trained_and_judged(run):

@@ -216,7 +216,7 @@ def test_cosine_to_centroid_against_a_loop():
         ([2, 0, 1, 4, 3, 5, -1, 6, 7, -1, 8, 9], [2, 6], ""),
         ([0, 1, 2], [], ""),
         ([2, 0, 1, 4, 3, 5], [2, 3], "multiple"),
-        ([2, 0, 1, 4, 3, 5], [4], "permutation"),
+        ([2, 0, 1, 4, 3, 5], [4], "equally many"),
         ([2, 0, 1, 4, 3, 3], [3], "permutation"),
         ([2, 0, 1, 4, 3, 5], [12], "12 clusters > 6 labels"),
     ],

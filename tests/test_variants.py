@@ -118,7 +118,7 @@ def test_teacher_forcing_reaches_every_positive_and_padding_has_no_gradient(mode
     for stage in range(3):
         model.stage = stage
         model.heads.zero_grad()
-        parent_L = model.nodes(torch.arange(len(data.names)), stage).numpy()
+        parent_L = model.nodes(torch.arange(len(data.names)), stage - 1).numpy()
         above = np.random.default_rng(0).integers(0, model.counts[stage], (n, 2))
         batch = next(staging.Batches(data, config, above, parent_L)(0))
         (loss,), missed = model.loss(batch)

@@ -104,7 +104,7 @@ class XRTransformer(stages.model.Cascade):
         x_BD = self.dropout[t](self.features(batch)[t])
         z_BKF = self.logits(x_BD, batch.parents_BK, t)
         fan = z_BKF.shape[2]
-        node_P = self.nodes(batch.label_P, t + 1)
+        node_P = self.nodes(batch.label_P, t)
         n_BKF = count(node_P, batch.doc_P, batch.parents_BK, fan)
         # y z is z where the node is positive, and -z elsewhere. Of z = -inf: relu(1 - inf) is 0,
         # and has no gradient.
@@ -177,7 +177,7 @@ class XRTransformer(stages.model.Cascade):
         """Start the head of this stage from features (N, D) of the training documents."""
         t = self.stage
         label_P = torch.from_numpy(train.labels.astype(np.int64)).to(self.empty.device)
-        node_P = self.nodes(label_P, t + 1).cpu().numpy()
+        node_P = self.nodes(label_P, t).cpu().numpy()
         shape = (len(x_ND), self.counts[t + 1])
         Y_NM = csr_matrix((np.ones(len(node_P)), node_P, train.label_offsets), shape)
         above = self.heads[t - 1] if t else None
@@ -250,7 +250,7 @@ def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransfor
         n_nodes = model.counts[t + 1]
         print(f"level {t + 1} of {n_stages}: {n_nodes:,} nodes, {epochs} passes", flush=True)
         every_label = torch.arange(len(data.names), device=device)
-        parent_L = model.nodes(every_label, t).cpu().numpy()
+        parent_L = model.nodes(every_label, t - 1).cpu().numpy()  # level -1: the root
         stage_config = replace(config, epochs=epochs, seed=config.seed + t)
         batches = Batches(data, stage_config, above[0], parent_L)
         write = logger(out, stage_config)
