@@ -215,6 +215,10 @@ def test_the_pages_name_only_flags_that_exist():
     ]
     for script in (*scripts, ROOT / "tests" / "kills.py"):
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', script.read_text()))
+    # Settings of the variants, and of the examples for forks.
+    for path in (*(ROOT / "variants").glob("*.py"), ROOT / "docs" / "forking.md"):
+        for name in re.findall(r"^    (\w+): .* = flag\(", path.read_text(), flags=re.MULTILINE):
+            known.add("--" + name.replace("_", "-"))
     assert flags <= known | {"--help"}, flags - known
 
 
