@@ -333,15 +333,9 @@ def names_by_cluster(slots_CF: np.ndarray, names: list[str], count_L: np.ndarray
     return result
 
 
-def run(config: Config) -> None:
-    try:
-        from matplotlib.figure import Figure  # without pyplot: it is drawn without a screen
-        from PIL import Image  # comes with matplotlib
-    except ImportError:
-        raise UserError("pictures need matplotlib: pip install matplotlib") from None
-
+def pictures_of(out: Path) -> list[tuple]:
+    """(name, size in inches, function that draws, its arguments after the figure) of each."""
     # 1. What the run left behind.
-    out = Path(config.run)
     data = stages.data.load(out)
     tree = stages.tree.load(out)
     steps, epochs, kept = read_log(out / "log.jsonl")
@@ -382,7 +376,7 @@ def run(config: Config) -> None:
     topk = int_list(topk, "--topk") if topk else []
     recall = kept["validation"]["recall"]
 
-    pictures = [
+    return [
         ("curves", (9, 8), draw_curves, (steps, epochs, kept)),
         ("funnel", (9, 4), draw_funnel, (counts, topk, recall)),
         ("frequency", (9, 7), draw_frequency, (count_L, split, systems)),
@@ -390,7 +384,16 @@ def run(config: Config) -> None:
         ("reliability", (9, 7), draw_reliability, (first_scores, first_right)),
         ("tree", map_size, draw_tree, (names_C, pairs_C, found_C)),
     ]
-    for name, size, draw, values in pictures:
+
+
+def run(config: Config) -> None:
+    try:
+        from matplotlib.figure import Figure  # without pyplot: it is drawn without a screen
+        from PIL import Image  # comes with matplotlib
+    except ImportError:
+        raise UserError("pictures need matplotlib: pip install matplotlib") from None
+    out = Path(config.run)
+    for name, size, draw, values in pictures_of(out):
         figure = Figure(size, dpi=110, layout="constrained")
         path = out / f"plot-{name}.png"
         with warnings.catch_warnings(record=True) as caught:  # of letters that no font here has
