@@ -11,7 +11,7 @@ Reads    FOLDER    a corpus in one of the layouts that data/formats.py knows, am
          Without a validation split a share of the training documents, drawn with --seed,
          becomes it.
 Writes   RUN/data.npz      token ids and label ids of every split, label names, the tokeniser
-                           (the README has the table)
+                           (docs/artifacts.md has the table)
 
 Every text becomes a list of token ids, and every label a number. The later stages work on these
 numbers alone. The steps are read, tokenise, save and describe: `run`, at the end of the file, calls

@@ -13,7 +13,7 @@ level does not score all of its nodes. It scores the children of the few cluster
 one level up: its shortlist.
 
 An example: eight labels, a tree with levels of 2, 4 and 8 nodes, every node with two children, one
-correct label, 5.
+correct label, 5. To keep it short, every label stands in the slot of its own number.
 
     level 1      0               1          both are scored, one is kept
     level 2    0   1           2   3        the children of what was kept are scored, two are kept
@@ -22,9 +22,10 @@ correct label, 5.
 In training, the shortlist is made with the answer at hand ("teacher forcing"): clusters with a
 correct label go first. Label 5 is below cluster 1 of level 1 and below cluster 2 of level 2
 (integer divisions by 4 and by 2). So level 1 keeps cluster 1, and level 2 scores clusters 2 and 3.
-Cluster 2 is correct. Cluster 3 takes the place that is left: it looked good and is wrong, and so
-are its labels 6 and 7. These are the hard negatives. Labels 4 to 7 are scored, and the loss asks
-for a yes at 5, and for a no at 4, 6 and 7.
+Cluster 2 is correct. The other place goes to the wrong cluster that looks best. (Here only cluster
+3 is left. In a real tree it is chosen among hundreds.) It is wrong, and so are its labels 6 and 7:
+these are the hard negatives. Labels 4 to 7 are scored, and the loss asks for a yes at 5, and for a
+no at 4, 6 and 7.
 
 In prediction, nobody knows the answer. Every level keeps what looks most probable: a beam search.
 If level 1 keeps cluster 0, label 5 is lost. The share of correct labels whose clusters were kept is
@@ -33,19 +34,23 @@ called the recall of the shortlist, and no ranking of labels can find more than 
 The loss is binary cross-entropy of every scored node, summed over all levels, which are trained
 together.
 
-Heads first. A pretrained encoder knows much, and the heads know nothing at the start. What
-untrained heads send back to the encoder is noise, and it damages what the encoder knows. So stage 4
+Heads first. A pretrained encoder knows much, and the heads know nothing at the start. In their
+first steps they would send noise back to the encoder, and damage what the encoder knows. So stage 4
 runs the encoder over the corpus once, keeps the features, and trains the heads alone on them, which
 takes minutes. After that it trains everything, end to end (linear probing, then fine-tuning: Kumar
-et al., ICLR 2022). The features of any two documents are nearly equal, because both are mostly the
-same mean vector. So the model subtracts the mean, and divides a hidden state by one number, the
-standard deviation of all its features together. (Not one number per feature: some encoders have
-features that are always zero.)
+et al., ICLR 2022).
+
+Centring. In a pretrained encoder the features of any two documents are nearly equal, because both
+are mostly the same mean vector. So from each hidden state the model subtracts its mean over the
+corpus, and divides by one number per hidden state, the standard deviation of all its features
+together. (Not one number per feature: some encoders have features that are always zero.)
 
 Left out: ensembles of several trees or encoders, which the paper reports, too; several devices.
 Shapes   B documents of a batch, T tokens, D width of a feature, H hidden states that are read,
-         C clusters of a level, F children of each cluster (fan), K clusters kept for a document,
-         P (document, label) pairs, S slots: places for labels in the last level, some of them empty
+         C clusters of the level above (a head's parents; 1, the root, for the first), F children
+         of each (fan), K of the C kept for a document, M = K F candidates, L labels,
+         P (document, label) pairs, S slots: F places for labels in every last cluster, some empty
+         t counts the levels in the code, from 0, the coarsest; what is printed counts from 1
 """
 
 import math
@@ -183,7 +188,7 @@ class Encoder(nn.Module):
 
     @property
     def table(self) -> Tensor | None:
-        """The word embeddings of an encoder from scratch: as new and random as the heads."""
+        """The word embeddings of an encoder from scratch: as untrained as the heads."""
         if not self.from_scratch:
             return None
         return self.backbone.get_input_embeddings().weight
@@ -313,6 +318,7 @@ class Head(nn.Module):
         self.weight = nn.Parameter(torch.zeros(n_clusters, fan, width))
         # Few nodes are right for a document: start with a probability of 0.02.
         self.bias = nn.Parameter(torch.full((n_clusters, fan), -4.0))
+        # From now on, torch raises an error when another optimiser steps over these weights.
         if sparse:
             refuse_other_optimizers()
 
@@ -479,7 +485,8 @@ class Cascade(nn.Module):
         if batch.pooled_BHD is not None:
             return batch.pooled_BHD  # stage 4 computed them before: the heads learn first
         encoder = encoder or self.encoder
-        # Only the encoder computes in the precision `amp`. Coarse logits would make ties.
+        # Only the encoder computes in the precision `amp`. Logits in bf16 would be rounded so much
+        # that many were equal, and the choice among them arbitrary.
         dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
         kind = batch.ids_BT.device.type
         with torch.autocast(kind, dtype, enabled=dtype is not None):
@@ -561,7 +568,7 @@ class Cascade(nn.Module):
         return (functional.softplus(logits_BKF) - correct_BKF).sum() / len(logits_BKF)
 
     def loss(self, batch: data_stage.Batch) -> tuple[Tensor, Tensor]:
-        """(loss per level (levels,), surplus ()).
+        """Two tensors: the loss of each level (levels,), which stage 4 adds up, and the surplus ().
 
         Surplus: how many correct nodes found no place in a shortlist, because a document has more
         of them than the k that its level keeps. The labels below them are not trained in this step.
