@@ -8,6 +8,8 @@ Reads    FOLDER    a corpus in one of the layouts that data/formats.py knows, am
                                                {"text": "...", "labels": ["name", ...]}
                    labels.jsonl.gz             a label a line:
                                                {"name": "...", "text": "what it stands for"}
+                   filter_labels_{split}.txt.gz    labels known of a document beforehand, which are
+                                                   no predictions (docs/glossary.md)
          Without a validation split a share of the training documents, drawn with --seed,
          becomes it.
 Writes   RUN/data.npz      token ids and label ids of every split, label names, the tokeniser
@@ -21,6 +23,8 @@ Token ids are kept without the special tokens ([CLS] and its like). Special toke
 encoder, and they are put around a document when a batch is made. Left out here: cleaning of texts,
 anything that needs two machines.
 
+The letters at the end of a name give its shape: tokens_N has one number for each document, and
+ids_BT is B x T. They mean the same in all stages.
 Shapes   N documents of a split, L labels, B documents of a batch, T tokens of a document,
          P (document, label) pairs of a batch, H hidden states that are read, D width of a feature
 """
@@ -589,7 +593,7 @@ def load(folder: str | Path) -> Data:
     text = arrays["names"].tobytes()
     names = [text[start:end].decode() for start, end in pairwise(arrays["names_offsets"])]
 
-    # Only the splits with filter pairs are in `known`.
+    # Only splits that have labels known beforehand (a filter file) are in `known`.
     known = {}
     for name in SPLITS:
         labels = arrays[f"{name}_known"]

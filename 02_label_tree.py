@@ -9,9 +9,10 @@ Writes   RUN/tree.npz     slot_to_label (S,), levels (number of clusters per lev
 Labels that belong to similar documents should stand in the same cluster: then a document finds all
 of its labels in a few clusters. It goes in three steps.
 
-1. A document becomes a vector of its words (TF-IDF). 2. A label becomes the sum of the vectors of
-its documents (PIFA, positive instance feature aggregation). 3. The labels are split in two halves
-of equal size, each half is split in two, and so on (balanced
+1. A document becomes a vector of its words (TF-IDF).
+2. A label becomes the sum of the vectors of its documents (PIFA, positive instance feature
+   aggregation).
+3. The labels are split in two halves of equal size, each half is split in two, and so on (balanced
    2-means), until a cluster holds about eight labels.
 
 The halves are of equal size, or differ by one. That makes the tree very simple: it is a
@@ -31,7 +32,8 @@ Cluster 1 of level 1 has the children 2 and 3 on level 2; cluster 2 of level 2 h
 
 Left out: other ways to make a tree, clusters of documents, a tree that is learnt (ELIAS).
 Shapes   N documents, L labels, S slots, V words of the vocabulary, C clusters (nodes) of a level,
-         B documents of a batch, K clusters kept for a document, P (document, label) pairs
+         B documents of a batch, K clusters kept for a document, F children of each (fan),
+         P (document, label) pairs
 """
 
 import math
@@ -149,8 +151,8 @@ def label_features(
 def in_parts(rows: Callable[[slice], csr_matrix], n_labels: int, keep: int) -> csr_matrix:
     """rows(part) for all labels, cut to the largest entries and at length 1.
 
-    Uncut, the features of a label may be the whole vocabulary. They exist for ROWS labels at a
-    time.
+    `rows` is a function. Before its result is cut, a label may have an entry for every word of the
+    vocabulary, so only ROWS labels are held like that at a time.
     """
     starts = range(0, n_labels, ROWS)
     parts = []
@@ -199,8 +201,9 @@ def strongest(X: csr_matrix, keep: int) -> csr_matrix:
 #         return split(left, depth - 1) + split(right, depth - 1)
 #
 # With a million labels this means a million calls, and most of them are for a handful of rows. So
-# the functions below split all nodes of a level at once, with the same result. tests/test_tree.py
-# has the plain form and compares.
+# the functions below split all nodes of a level at once. There is one difference: a level is done
+# when at most TOLERANCE of all its rows still change sides, or after 20 rounds. With few rows this
+# means none, and the result is the same: tests/test_tree.py has the plain form and compares.
 
 
 def halve(bounds: np.ndarray) -> np.ndarray:
@@ -276,11 +279,11 @@ def split_level(
     sum_of_left = np.zeros(Z.shape[1], Z.dtype)  # of every node, in the node's own columns
     for _ in range(iterations):
         # 1. Sort the rows by node, and within a node by falling gap, in one sort: the nodes are
-        # further
-        #    apart than any two gaps.
+        #    further apart than any two gaps. position[i] is the row that stands at place i then.
         apart = 1 + 2 * np.abs(gap_L).max()
         position = np.argsort(node_L * apart - gap_L)
-        # 2. The better half of each node goes left.
+        # 2. The better half of each node goes left. Place i belongs to the same node before and
+        #    after the sort, so middle_L fits both.
         was_left_L = is_left_L
         is_left_L = np.zeros(n, bool)
         is_left_L[position] = np.arange(n) < middle_L
@@ -292,8 +295,8 @@ def split_level(
         came_or_went = np.where(is_left_L[changed], 1, -1).astype(Z.dtype)
         sum_of_left += Z[changed].T @ came_or_went
         # 4. Each row's product with the left centroid minus its product with the right one. A
-        # centroid
-        #    is the sum s of its half over |s|, and |s|^2 is the sum of z . s over the half.
+        #    centroid is the sum s of its half over |s|, and |s|^2 is the sum of z . s over the
+        #    half.
         to_left_L = Z @ sum_of_left
         to_right_L = to_all_L - to_left_L
         gap_L = np.zeros(n)

@@ -247,8 +247,9 @@ def make_encoder(
     """The encoder of a new model; or, from model.pt's `description` and `weights`, of a trained
     one.
 
-    The weights are only compared with the description, which may come from anywhere: an encoder
-    much bigger than they are is refused. A fork with an encoder of its own replaces this function.
+    The weights are not loaded here. Their sizes are used to check the description: a damaged file
+    must not make us build an encoder far bigger than its weights. A fork, your own version of this
+    project with an encoder of its own, replaces this function (docs/forking.md).
     """
     from_scratch = data.meta["encoder"] == "tiny"
     # From model.pt, or new and random, or pretrained: from a folder or from the hub.
@@ -316,7 +317,8 @@ class Head(nn.Module):
         self.sparse = sparse
         # Zeros: at the start no node prefers any document, and only the biases speak.
         self.weight = nn.Parameter(torch.zeros(n_clusters, fan, width))
-        # Few nodes are right for a document: start with a probability of 0.02.
+        # Few nodes are right for a document: a probability of 0.02, until stage 4 sets each bias to
+        # the frequency of its node.
         self.bias = nn.Parameter(torch.full((n_clusters, fan), -4.0))
         # From now on, torch raises an error when another optimiser steps over these weights.
         if sparse:
@@ -442,7 +444,7 @@ class Cascade(nn.Module):
         self.dropout = nn.ModuleList(nn.Dropout(rate) for rate in rates)
 
         # Before a level sees a hidden state, the state is centred and scaled by one number. Stage 4
-        # computes both for a pretrained encoder. Until then they change nothing.
+        # computes both when the heads learn first. Otherwise they change nothing.
         self.hidden = sorted({layer for group in layers for layer in group})
         self.center_HD = nn.Buffer(torch.zeros(len(self.hidden), encoder.width))
         self.scale_H = nn.Buffer(torch.ones(len(self.hidden)))
@@ -514,7 +516,7 @@ class Cascade(nn.Module):
     def nodes(self, label_P: Tensor, t: int) -> Tensor:
         """The node of level t above each label: a division of its slot.
 
-        Level 0 is the coarsest, and level -1 the root.
+        t counts from 0: t = 0 is what texts and printed lines call level 1. t = -1 is the root.
         """
         slot_P = self.label_to_slot[label_P]
         slots_per_node = self.counts[-1] // self.counts[t + 1]

@@ -15,11 +15,13 @@ P@k, precision at k, is the share of correct labels among the first k that are p
 Training has two phases. A pretrained encoder is left alone first: its features are computed once,
 and the heads learn on them (--head-epochs; 03_model.py says why). Then everything is trained end to
 end (--epochs). 'tiny', which starts from nothing, has the second phase only. The features wait in a
-file without a name in RUN: 2 bytes x documents x hidden states that are read x width.
+temporary file on the disk of RUN. No listing shows it, and it is gone when the process ends. It
+takes 2 bytes x documents x hidden states that are read x width.
 
 Left out: a second device.
-Shapes   N documents of a split, B documents of a batch, K clusters kept for a document, D width,
-         H hidden states that are read, P (document, label) pairs, k predicted labels
+Shapes   N documents of a split, B documents of a batch, C clusters of a level, D width,
+         K clusters kept for a document, H hidden states that are read, P (document, label) pairs,
+         k predicted labels
 """
 
 import math
@@ -81,10 +83,12 @@ class Config(model_stage.Config):
         "auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at"
     )
     accumulate: int = flag(
-        1, "batches whose gradients are added up before a step; labels' wait in memory", positive
+        1,
+        "batches whose gradients are added up before a step (those of labels take memory)",
+        positive,
     )
     compile: bool = flag(
-        False, "compile the encoder, not per length: takes a minute or two, for long runs"
+        False, "compile the encoder, once for all lengths: a minute or two, for long runs"
     )
 
 
@@ -226,6 +230,8 @@ class Training:
         # 3. The step, of the dense parameters and of the label rows.
         self.scaler.step(self.adam)
         if self.row_adam:
+            # Its gradients are no .grad. They wait as factors, multiplied by the scale of fp16:
+            # step() divides by it and uses them up, so there is nothing to zero afterwards.
             one = torch.ones((), device=self.device)
             self.row_adam.step(scale=self.scaler.scale(one))
         self.scaler.update()
@@ -309,7 +315,7 @@ def train_one_epoch(
     """One pass over the training documents, or what is left of it after an interruption.
 
     `log` gets a record per interval. `checkpoint` is called every --save-every steps. When stop()
-    says that somebody wants to stop, it is called once more, and KeyboardInterrupt follows.
+    says that somebody wants to stop, checkpoint() is called and KeyboardInterrupt is raised.
     """
     config = training.config
     training.model.train()
@@ -464,8 +470,7 @@ def validate(model: model_stage.Cascade, data: data_stage.Data, config: Config) 
 
 
 # 4. Before the heads learn: features that are computed once, centred and scaled; biases that know
-# how
-#    frequent their labels are.
+#    how frequent their labels are.
 
 
 @torch.no_grad()
@@ -684,7 +689,8 @@ def prepare(
     # Which precision is fastest on this device? One batch tells.
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
     example = next(batches(0)).to(device)
-    config = replace(config, amp=choose_amp(config.amp, model, example))
+    amp = choose_amp(config.amp, model, example)  # it sets model.amp, too
+    config = replace(config, amp=amp)
     if config.compile:
         model.encoder.compile(dynamic=True)
     if not config.resume:

@@ -5,22 +5,25 @@
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt
 Writes   RUN/predictions.npz    labels (N, k) int32, best first, -1 where there are fewer;
-                                scores (N, k) float32, descending; documents in the corpus' order.
+                                scores (N, k) float32, probabilities, descending; documents in
+                                the corpus' order.
                                 Of another split than test: RUN/predictions.SPLIT.npz
 
 A number says little alone. So the table has two yardsticks, computed in the same run from the same
 tokens: the most frequent labels, for everyone, and the labels of the 20 nearest neighbours.
 
 The cascade can rank its labels in three ways (03_model.py), and all three are in the table. Stage 4
-chose one on the validation split, and that one is written. p(label) alone is a ranking of the beam:
-it was trained inside shortlists and orders all labels in another way, so --exact refuses it.
+chose one on the validation split, and that one is written. p(label) was trained only against the
+labels of clusters on the shortlist. Elsewhere it can be high for no reason. In the other rankings a
+low p(cluster) corrects this. So p(label) alone makes sense only within the beam, and --exact
+refuses it.
 
 Metrics are means over the documents that have labels, in percent. Labels known beforehand (filter
 files) are in no row of the table.
 
 Left out: pictures, comparisons between runs and their significance, which are in tools/.
 Shapes   N documents of a split, L labels, V words of the vocabulary, B documents of a batch,
-         C clusters, F children of each (fan), S slots, P (document, label) pairs,
+         C clusters, F children of each (fan), D width, P (document, label) pairs,
          k labels predicted, M labels scored
 """
 
@@ -136,8 +139,9 @@ def propensity_scored_precision(
 def inverse_propensity(
     count_L: np.ndarray, n_documents: int, a: float = 0.55, b: float = 1.5
 ) -> np.ndarray:
-    """(L,) weights 1 + C (N_l + b)^-a with C = (ln N - 1)(b + 1)^a; N_l training documents have
-    label l.
+    """(L,) weights 1 + c (n_l + b)^-a with c = (ln n - 1)(b + 1)^a.
+
+    n counts the training documents, and n_l those that have label l.
 
     People who label documents overlook rare labels. The propensity of a label is the probability
     that it was noted where it is correct, and its inverse is the weight (Jain, Prabhu and Varma,
