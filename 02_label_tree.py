@@ -148,16 +148,16 @@ def label_features(
     return in_parts(with_neighbours, Y_LN.shape[0], keep)
 
 
-def in_parts(rows: Callable[[slice], csr_matrix], n_labels: int, keep: int) -> csr_matrix:
-    """rows(part) for all labels, cut to the largest entries and at length 1.
+def in_parts(features_of: Callable[[slice], csr_matrix], n_labels: int, keep: int) -> csr_matrix:
+    """features_of(part) for all labels, cut to the largest entries and at length 1.
 
-    `rows` is a function. Before its result is cut, a label may have an entry for every word of the
-    vocabulary, so only ROWS labels are held like that at a time.
+    Before the features are cut, a label may have an entry for every word of the vocabulary. Only
+    ROWS labels are held like that at a time.
     """
     starts = range(0, n_labels, ROWS)
     parts = []
     for start in tqdm(starts, desc="label features", unit=f" x {ROWS} labels", disable=None):
-        uncut = normalize(rows(slice(start, start + ROWS)))
+        uncut = normalize(features_of(slice(start, start + ROWS)))
         parts.append(normalize(strongest(uncut, keep)))
     return vstack(parts, format="csr")
 
@@ -279,14 +279,14 @@ def split_level(
     sum_of_left = np.zeros(Z.shape[1], Z.dtype)  # of every node, in the node's own columns
     for _ in range(iterations):
         # 1. Sort the rows by node, and within a node by falling gap, in one sort: the nodes are
-        #    further apart than any two gaps. position[i] is the row that stands at place i then.
+        #    further apart than any two gaps. row_at_place[i]: the row that stands at place i then.
         apart = 1 + 2 * np.abs(gap_L).max()
-        position = np.argsort(node_L * apart - gap_L)
+        row_at_place = np.argsort(node_L * apart - gap_L)
         # 2. The better half of each node goes left. Place i belongs to the same node before and
         #    after the sort, so middle_L fits both.
         was_left_L = is_left_L
         is_left_L = np.zeros(n, bool)
-        is_left_L[position] = np.arange(n) < middle_L
+        is_left_L[row_at_place] = np.arange(n) < middle_L
         changed = np.flatnonzero(is_left_L != was_left_L)
         # Deep down most nodes are done after a few rounds, and a round costs the same for all.
         if len(changed) <= TOLERANCE * n:
@@ -302,7 +302,7 @@ def split_level(
         gap_L = np.zeros(n)
         gap_L += to_left_L / length_of_sums(node_L, is_left_L, to_left_L)
         gap_L += -to_right_L / length_of_sums(node_L, ~is_left_L, to_right_L)
-    return position
+    return row_at_place
 
 
 def length_of_sums(
@@ -326,13 +326,13 @@ def balanced_kmeans(
     n_rows = Z.shape[0]
     order = rng.permutation(n_rows)
     bounds = np.array([0, n_rows])  # one node holds everything
-    position = order
+    row_at_place = order
     for _ in tqdm(range(depth), desc="2-means", unit=" levels", disable=None):
         nodes = np.arange(len(bounds) - 1, dtype=np.int32)
         node_L = np.repeat(nodes, np.diff(bounds))
-        Z = own_columns(Z, position, node_L)
-        position = split_level(Z, node_L, bounds, iterations, rng)
-        order = order[position]
+        Z = own_columns(Z, row_at_place, node_L)
+        row_at_place = split_level(Z, node_L, bounds, iterations, rng)
+        order = order[row_at_place]
         bounds = halve(bounds)
     return order, bounds
 
@@ -455,7 +455,10 @@ def match(node_P: Tensor, doc_P: Tensor, parents_BK: Tensor, fan: int) -> Tensor
     # 3. Which child of its parent is the node?
     child_P = node_P % fan
     targets = torch.zeros(n_documents, (n_parents + 1) * fan, device=parents_BK.device)
-    targets[doc_P, place_P * fan + child_P] = 1.0
+    # The 1 is a tensor that is on the device already. A Python number would have to be copied to a
+    # GPU, and every step would wait for the copy, once per level.
+    one = targets.new_ones(())
+    targets[doc_P, place_P * fan + child_P] = one
     return targets[:, : n_parents * fan].view(n_documents, n_parents, fan)
 
 

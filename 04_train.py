@@ -525,7 +525,7 @@ def center(model: model_stage.Cascade, encoded_NHD: np.ndarray) -> None:
             raise UserError(
                 f"hidden state {model.hidden[place]} of the encoder is too large for float16, in "
                 "which the features wait for the heads; leave it out of --layers, or take "
-                "--head-epochs 0"
+                "--head-epochs 0, which does without centring"
             )
     # 2. The variance of a hidden state: the mean square minus the square of the mean.
     square_H = (squares_HD / n).mean(axis=1)
@@ -689,8 +689,8 @@ def prepare(
     # Which precision is fastest on this device? One batch tells.
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
     example = next(batches(0)).to(device)
-    amp = choose_amp(config.amp, model, example)  # it sets model.amp, too
-    config = replace(config, amp=amp)
+    model.amp = choose_amp(config.amp, model, example)
+    config = replace(config, amp=model.amp)
     if config.compile:
         model.encoder.compile(dynamic=True)
     if not config.resume:

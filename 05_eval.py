@@ -294,13 +294,15 @@ def predict_exact(
         logits_BCF = product(x_BD, head.weight, head.bias)
         scores = model_stage.rank(logits_BCF, scores)
     # 2. The labels, some leaf clusters at a time.
-    leaf = model.heads[-1]
+    label_head = model.heads[-1]
     n_clusters = model.counts[-2]
     slot_to_label_CF = model.slot_to_label.view(n_clusters, -1)
     best = None
     for start in range(0, n_clusters, chunk):
         part = slice(start, start + chunk)
-        logits_BCF = product(features[-1], leaf.weight[part], leaf.bias[part])
+        weight_nFD = label_head.weight[part]
+        bias_nF = label_head.bias[part]
+        logits_BCF = product(features[-1], weight_nFD, bias_nF)
         above = None
         if scores is not None:
             above = {name: score_BC[:, part] for name, score_BC in scores.items()}

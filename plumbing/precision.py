@@ -49,7 +49,7 @@ def has_bf16_arithmetic() -> bool | None:
 
 
 def choose_amp(amp: str, model: Any, batch: Any) -> str:
-    """Set model.amp, the precision of the encoder, and return it. 'auto' is what is fast here."""
+    """The precision of the encoder, for model.amp. 'auto' becomes what is fast on this device."""
     if amp not in ("auto", "bf16", "fp16", "off"):
         raise UserError(f"--amp {amp}: expected bf16, fp16, off or auto")
     if amp == "auto" and batch.ids_BT.is_cuda:
@@ -57,7 +57,6 @@ def choose_amp(amp: str, model: Any, batch: Any) -> str:
         amp = "bf16" if has_bf16 else "fp16"
     elif amp == "auto":
         amp = fastest_on_cpu(model, batch)
-    model.amp = amp
     return amp
 
 
