@@ -108,8 +108,7 @@ RECIPES = {
         "lr_encoder": 1e-4,
     },
 }
-# Dropout of each level's feature, by the number of levels, as published. Other trees: 0.3
-# everywhere.
+# Dropout of each level's feature, by the number of levels, as published. Other trees have 0.3.
 DROPOUT = {3: (0.3, 0.3, 0.4), 4: (0.2, 0.25, 0.4, 0.5)}
 # How labels may be ranked at the end of the beam. Validation chooses one.
 #   parent   p(label) p(its cluster)
@@ -200,8 +199,7 @@ class Encoder(nn.Module):
         # The first token, [CLS] in BERT, can look at all others and stand for the document.
         if self.pooling == "first":
             return {layer: hidden[layer][:, 0] for layer in layers}
-        # Or the mean over a document's own tokens. Every token has an equal share, padding has
-        # none.
+        # Or the mean over a document's own tokens: padding has a share of 0, all others the same.
         share_BT = mask_BT / mask_BT.sum(1, keepdim=True)
         features = {}
         for layer in layers:
@@ -449,8 +447,7 @@ class Cascade(nn.Module):
         self.center_HD = nn.Buffer(torch.zeros(len(self.hidden), encoder.width))
         self.scale_H = nn.Buffer(torch.ones(len(self.hidden)))
 
-        # The tree, as a permutation: which label stands in a slot (-1: none), and the other way
-        # round.
+        # The tree, as a permutation: which label stands in a slot (-1: none), and its inverse.
         slot_to_label_S = torch.from_numpy(tree.slot_to_label).long()
         n_empty = (slot_to_label_S < 0).sum()
         label_to_slot_L = slot_to_label_S.argsort()[n_empty:]  # empty slots, -1, are sorted first
@@ -581,8 +578,7 @@ class Cascade(nn.Module):
         features = self.features(batch)
         for t, level in enumerate(self.descend(features, batch, teacher=True)):
             losses.append(self.level_loss(level.logits_BKF, level.targets_BKF))
-            # How many correct nodes does a document have, and how many are more than the level
-            # keeps?
+            # Of a document's correct nodes, how many are more than the level keeps?
             if t < len(self.topk):
                 correct_B = level.targets_BKF.sum((1, 2))
                 surplus += (correct_B - self.topk[t]).clamp(min=0).sum()

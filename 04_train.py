@@ -205,8 +205,7 @@ class Training:
     def forward_backward(self, batch: data_stage.Batch) -> torch.Tensor:
         """Add the gradient of one batch to the gradient; the losses (levels,), detached."""
         losses, surplus = self.model.loss(batch.to(self.device))  # forward, all levels
-        # Batches whose gradients are added up for one step. The last step of an epoch may have
-        # fewer.
+        # Several batches may share a step; the last step of an epoch may have fewer of them.
         accumulate = self.config.accumulate
         first_of_step = self.batch // accumulate * accumulate
         together = min(accumulate, self.n_batches - first_of_step)
@@ -239,8 +238,7 @@ class Training:
         # 4. Look at what came out, while the next batch is computed.
         self.steps += 1
         self.lr = self.peak_lr[-1] * share
-        # In fp16 a gradient that is too large is no fault: the scaler skips the step and scales
-        # less.
+        # In fp16 a gradient that overflows is no fault: the scaler skips this step.
         watched = torch.zeros_like(self.norm) if self.config.amp == "fp16" else self.norm
         self.watch(losses, watched, self.steps_before + self.steps, self.lr)
 
