@@ -199,7 +199,7 @@ class Encoder(nn.Module):
         # The first token, [CLS] in BERT, can look at all others and stand for the document.
         if self.pooling == "first":
             return {layer: hidden[layer][:, 0] for layer in layers}
-        # Or the mean over a document's own tokens: padding has a share of 0, all others the same.
+        # Or the mean over a document's own tokens: padding has a share of 0.
         share_BT = mask_BT / mask_BT.sum(1, keepdim=True)
         features = {}
         for layer in layers:
