@@ -503,7 +503,7 @@ def describe(
         f"{n_labels:,} labels -> clusters per level {tree.levels}, at most {n_slots // n_leaves} "
         f"labels in a leaf; {n_empty:,} of {n_slots:,} slots are empty"
     )
-    # The yardstick: the same sizes, filled at random.
+    # For comparison: clusters of the same sizes, filled at random.
     shuffled = np.random.default_rng(config.seed).permutation(n_labels)
     ours = cosine_to_centroid(Z_LV, order, bounds)
     random = cosine_to_centroid(Z_LV, shuffled, bounds)

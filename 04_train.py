@@ -2,7 +2,7 @@
 
     python 04_train.py
     python 04_train.py --run runs/mine --epochs 15 --batch-size 64
-    python 04_train.py --run runs/mine --epochs 0   the heads alone: a linear probe, in minutes
+    python 04_train.py --run runs/mine --epochs 0           the heads alone, in minutes
     python 04_train.py --run runs/mine --resume             go on from the last checkpoint
 
 Reads    RUN/data.npz, RUN/tree.npz
@@ -13,10 +13,11 @@ Writes   RUN/model.pt        the best model by validation P@1 + P@3 + P@5, and w
 P@k, precision at k, is the share of correct labels among the first k that are predicted.
 
 Training has two phases. A pretrained encoder is left alone first: its features are computed once,
-and the heads learn on them (--head-epochs; 03_model.py says why). Then everything is trained end to
-end (--epochs). 'tiny', which starts from nothing, has the second phase only. The features wait in a
-temporary file on the disk of RUN. No listing shows it, and it is gone when the process ends. It
-takes 2 bytes x documents x hidden states that are read x width.
+and the heads learn on them (--head-epochs; 03_model.py says why). A head is the linear classifier
+of one level of the tree. Then everything is trained end to end (--epochs). 'tiny', which starts
+from nothing, has the second phase only. The features wait in a temporary file on the disk of RUN.
+No listing shows it, and it is gone when the process ends. It takes 2 bytes x documents x hidden
+states that are read x width.
 
 Left out: a second device.
 Shapes   N documents of a split, B documents of a batch, C clusters of a level, D width,
@@ -61,12 +62,14 @@ INTERVALS = 50  # progress lines in a run, about
 
 @dataclass(frozen=True)
 class Config(model_stage.Config):
+    # How long. None means: what the table of recipes in 03_model.py says for this encoder.
     epochs: int = flag(
         None, "passes over the training documents, end to end [tiny 5, else 15]", natural
     )
     head_epochs: int = flag(
         None, "passes that train the heads alone, first [tiny 0, else 10]", natural
     )
+    # How fast the weights move.
     batch_size: int = flag(None, "documents per batch [tiny 128, else 64]", positive)
     lr: float = flag(None, "learning rate of the heads [tiny 1e-2, else 1e-3]", rate)
     lr_encoder: float = flag(None, "learning rate of the encoder [tiny 1e-3, else 1e-4]", rate)
@@ -75,10 +78,12 @@ class Config(model_stage.Config):
         "learning rate of the heads while they are trained alone [tiny 1e-2, else 5e-3]",
         rate,
     )
+    # For long runs.
     resume: bool = flag(False, "go on from RUN/checkpoint.pt")
     save_every: int = flag(
         0, "steps from one checkpoint to the next (0: only after each epoch)", natural
     )
+    # For experts: the same training, faster or in less memory.
     amp: str = flag(
         "auto", "precision of the encoder: bf16, fp16, off, or auto: what this device is fast at"
     )
@@ -108,6 +113,7 @@ class Batches:
         self.batch_size = batch_size
         self.max_len = max_len
         self.seed = seed
+        # Tokens of each document, as many as the encoder will read.
         self.length_N = np.minimum(np.diff(data.splits["train"].offsets), max_len)
 
     def __len__(self) -> int:
@@ -115,18 +121,22 @@ class Batches:
 
     def rows(self, epoch: int) -> list[np.ndarray]:
         """Row numbers of the documents of each batch."""
+        # Seed and epoch alone: an interrupted epoch gets the same batches when it goes on.
         rng = np.random.default_rng((self.seed, epoch))
         n = len(self.length_N)
         # 1. Shuffle all documents.
         shuffled = rng.permutation(n)
         # 2. Cut them into pools, and sort each pool by length.
+        pool_size = POOL * self.batch_size
+        cuts = range(pool_size, n, pool_size)
         pools = []
-        for pool in np.split(shuffled, range(POOL * self.batch_size, n, POOL * self.batch_size)):
+        for pool in np.split(shuffled, cuts):
             by_length = np.argsort(self.length_N[pool], kind="stable")
             pools.append(pool[by_length])
         # 3. Cut the pools into batches, and shuffle the batches: lengths come in no order.
         order = np.concatenate(pools)
-        batches = np.split(order, range(self.batch_size, n, self.batch_size))
+        cuts = range(self.batch_size, n, self.batch_size)
+        batches = np.split(order, cuts)
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def __call__(self, epoch: int, first: int = 0) -> Iterator[data_stage.Batch]:
@@ -140,8 +150,11 @@ class Batches:
 
 def lr_scale(step: int, total: int, warmup: int) -> float:
     """The share of the learning rate: a linear rise, flat, a linear fall over the last fifth."""
+    # From nearly 0 to 1 over the first steps: the optimiser knows no gradients yet.
     rise = (step + 1) / max(1, warmup)
+    # From 1 to nearly 0 over the last: small steps settle what large ones only circle around.
     fall = (total - step) / max(1, total // 5)
+    # In between both are above 1.
     return min(rise, 1.0, fall)
 
 
@@ -161,7 +174,8 @@ class Training:
         self.steps_before = steps_before
         self.device = next(model.parameters()).device
 
-        # AdamW for the encoder and the cluster levels, RowAdam for the labels.
+        # 1. The optimisers. AdamW for the encoder and the cluster levels, RowAdam for the labels: a
+        #    batch reaches few label rows, and AdamW would move, and remember, all of them.
         groups = model.param_groups(config.lr, config.lr_encoder)
         dense_groups = [group for group in groups if not group["rows"]]
         row_groups = [group for group in groups if group["rows"]]
@@ -170,28 +184,30 @@ class Training:
         self.optimizers = [self.adam]
         if self.row_adam:
             self.optimizers.append(self.row_adam)
+        # The schedule changes a group's "lr" at every step, so its peak is kept here.
         self.peak_lr = [group["lr"] for group in self.groups()]
         self.dense_parameters = []
         for group in self.adam.param_groups:
             self.dense_parameters.extend(group["params"])
         # fp16 has a small range: the loss is scaled up, so that small gradients do not become 0.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
+        # A training that has gone wrong is stopped, instead of going on for a night.
         self.watch = LossWatch(model)
 
-        # The schedule.
+        # 2. The schedule.
         self.steps_per_epoch = math.ceil(n_batches / config.accumulate)
         self.total = self.steps_per_epoch * config.epochs
         self.warmup = min(self.steps_per_epoch, self.total // 10)
         self.interval = max(1, self.total // INTERVALS)  # steps from one progress line to the next
 
-        # How far it has come.
+        # 3. How far it has come: what a checkpoint holds beside weights and optimisers.
         self.epoch = 0  # epochs done
         self.batch = 0  # batches done of the epoch that runs
         self.steps = 0  # steps done
         self.norm = None  # of the last step's gradient
         self.lr = 0.0  # of the last step
-        # For the next progress line: the sum of losses and surplus over `seen` batches. It is added
-        # up on the device, so that no step waits for the device before the line is printed.
+        # 4. For the next progress line: the sum of losses and surplus over `seen` batches. It is
+        #    added up on the device, so that no step waits for it before the line is printed.
         self.sums = torch.zeros((), device=self.device)
         self.seen = 0
 
@@ -204,12 +220,17 @@ class Training:
 
     def forward_backward(self, batch: data_stage.Batch) -> torch.Tensor:
         """Add the gradient of one batch to the gradient; the losses (levels,), detached."""
-        losses, surplus = self.model.loss(batch.to(self.device))  # forward, all levels
-        # Several batches may share a step; the last step of an epoch may have fewer of them.
+        # 1. Forward, all levels.
+        losses, surplus = self.model.loss(batch.to(self.device))
+        # 2. Several batches may share a step; the last step of an epoch may have fewer of them.
         accumulate = self.config.accumulate
         first_of_step = self.batch // accumulate * accumulate
         together = min(accumulate, self.n_batches - first_of_step)
-        self.scaler.scale(losses.sum() / together).backward()
+        # 3. Backward, from the sum of all levels: each level teaches the encoder at once. Shared
+        #    steps take the mean of their batches, so the learning rate need not know of them.
+        loss = losses.sum() / together
+        self.scaler.scale(loss).backward()
+        # 4. What the progress line will say.
         losses = losses.detach()
         self.sums = self.sums + torch.cat([losses, surplus.view(1)])
         self.seen += 1
@@ -238,8 +259,10 @@ class Training:
         # 4. Look at what came out, while the next batch is computed.
         self.steps += 1
         self.lr = self.peak_lr[-1] * share
-        # In fp16 a gradient that overflows is no fault: the scaler skips this step.
-        watched = torch.zeros_like(self.norm) if self.config.amp == "fp16" else self.norm
+        watched = self.norm
+        if self.config.amp == "fp16":
+            # A gradient that overflows is no fault here: the scaler skips this step.
+            watched = torch.zeros_like(self.norm)
         self.watch(losses, watched, self.steps_before + self.steps, self.lr)
 
     def record(self, batches_per_s: float) -> dict:
@@ -258,6 +281,7 @@ class Training:
             "batches_per_s": batches_per_s,
         }
         if self.config.amp == "fp16":
+            # AdamW counts the steps that it took; the scaler kept the others from it.
             taken = int(self.adam.state[self.dense_parameters[0]]["step"])
             record["skipped"] = self.steps - taken
         self.sums = torch.zeros_like(self.sums)
@@ -364,11 +388,12 @@ def fit(
 
 def hits(labels_Nk: np.ndarray, split: data_stage.Split) -> np.ndarray:
     """(N, k) bool: which predicted labels are correct. -1, no prediction, never is."""
+    # The pairs (document, correct label): the document's number; split.labels are the labels.
     n_documents = len(split)
     doc_P = np.repeat(np.arange(n_documents), np.diff(split.label_offsets))
     hit_Nk = np.zeros(labels_Nk.shape, bool)
     for j, label_N in enumerate(labels_Nk.T):
-        # The j-th prediction of a document, beside each of its correct labels.
+        # The j-th prediction of a document, beside each of its correct labels. Equal: a hit.
         predicted_P = label_N[doc_P]
         is_hit_P = predicted_P == split.labels
         hit_Nk[doc_P[is_hit_P], j] = True
@@ -394,12 +419,15 @@ def predict_rankings(
     for t, clusters_BK in enumerate(kept):
         n_documents = len(clusters_BK)
         n_clusters = model.counts[t + 1]
+        # A table of documents and clusters, with True where the beam kept the cluster.
         is_kept_BC = torch.zeros(
             n_documents, n_clusters, dtype=torch.bool, device=clusters_BK.device
         )
         is_kept_BC.scatter_(1, clusters_BK, True)
+        # Look up, for each correct label, the cluster above it.
         node_P = model.nodes(batch.label_P, t)
         is_kept_P = is_kept_BC[batch.doc_P, node_P]
+        # How many of these each document has.
         found[f"kept {t}"] = torch.bincount(batch.doc_P[is_kept_P], minlength=n_documents)
     return {key: value.cpu().numpy() for key, value in found.items()}
 
@@ -420,6 +448,7 @@ def predict_split(
     """
     model.eval()
     device = model.slot_to_label.device
+    # Where labels are known beforehand, predict as many more: k are left when these are taken out.
     known = data.known.get(name)
     more = most_known(known)
     # 1. Documents of about one length together, as in training: hardly any padding.
@@ -429,7 +458,7 @@ def predict_split(
         rows = order[start : start + batch_size]
         batch = data.batch(name, rows, max_len).to(device)
         parts.append(predict(batch, k + more))
-    # 2. Back into the corpus' order.
+    # 2. Back into the corpus' order: the inverse of a permutation is what sorts it.
     back = np.argsort(order)
     found = {}
     for key in parts[0]:
@@ -450,16 +479,19 @@ def validate(model: model_stage.Cascade, data: data_stage.Data, config: Config) 
     def predict(batch: data_stage.Batch, k: int) -> dict[str, np.ndarray]:
         return predict_rankings(model, batch, k)
 
-    found = predict_split(model, data, "val", config.max_len, 2 * config.batch_size, predict, 5)
+    # 1. Predict. Batches may be twice as large as in training: there is no backward pass.
+    batch_size = 2 * config.batch_size
+    found = predict_split(model, data, "val", config.max_len, batch_size, predict, k=5)
     split = data.splits["val"]
-    n_labelled = max(1, int(np.count_nonzero(np.diff(split.label_offsets))))
-    # P@k of each ranking: correct ones among the first k, over k, averaged over documents.
+    labels_per_document = np.diff(split.label_offsets)
+    n_labelled = max(1, int(np.count_nonzero(labels_per_document)))
+    # 2. P@k of each ranking: correct ones among the first k, over k, averaged over documents.
     precision = {}
     for name in model_stage.RANKINGS:
         correct_Nk = hits(found[f"labels {name}"], split)
         correct_k = correct_Nk.sum(axis=0).cumsum()  # among the first 1, 2, ..., 5 of all documents
         precision[name] = [100 * float(correct_k[k - 1]) / k / n_labelled for k in (1, 3, 5)]
-    # Recall of the shortlists: the share of correct labels whose cluster was kept.
+    # 3. Recall of the shortlists: the share of correct labels whose cluster was kept.
     n_pairs = max(1, len(split.labels))
     recall = []
     for t in range(len(model.topk)):
@@ -482,6 +514,7 @@ def encode(
     encoded = {}
     for name in ("train", "val"):
         split = data.splits[name]
+        # An array that lies in a file: a million documents need not fit into memory.
         shape = (len(split), len(model.hidden), model.encoder.width)
         encoded[name] = unnamed_array(config.run, shape, np.float16)
         # Documents of about one length together, as in training: hardly any padding.
@@ -492,7 +525,8 @@ def encode(
                 raise KeyboardInterrupt(" while the encoder ran; nothing new was saved")
             rows = order[start : start + size]
             batch = data.batch(name, rows, config.max_len).to(device)
-            encoded[name][rows] = model.pooled(batch).half().cpu().numpy()
+            pooled = model.pooled(batch)
+            encoded[name][rows] = pooled.half().cpu().numpy()
     return data._replace(encoded=encoded)
 
 
@@ -518,6 +552,7 @@ def center(model: model_stage.Cascade, encoded_NHD: np.ndarray) -> None:
         sum_HD += part.sum(axis=0)
         squares_HD += (part**2).sum(axis=0)
     mean_HD = sum_HD / n
+    # 2. A number beyond 65,504 became infinite on its way into float16.
     for place, finite in enumerate(np.isfinite(mean_HD).all(axis=1)):
         if not finite:
             raise UserError(
@@ -525,9 +560,10 @@ def center(model: model_stage.Cascade, encoded_NHD: np.ndarray) -> None:
                 "which the features wait for the heads; leave it out of --layers, or take "
                 "--head-epochs 0, which does without centring"
             )
-    # 2. The variance of a hidden state: the mean square minus the square of the mean.
+    # 3. The variance of a hidden state: the mean square minus the square of the mean.
     square_H = (squares_HD / n).mean(axis=1)
     variance_H = square_H - (mean_HD**2).mean(axis=1)
+    # A difference this small is rounding: the state is the same for all documents.
     varies_H = variance_H > 1e-6 * square_H
     spread_H = np.sqrt(np.where(varies_H, variance_H, 1.0))
     model.center_HD.copy_(torch.from_numpy(mean_HD))
@@ -545,9 +581,12 @@ def set_prior(model: model_stage.Cascade, split: data_stage.Split) -> None:
     label_P = torch.from_numpy(split.labels).long().to(device)
     for t, head in enumerate(model.heads):
         n_nodes = model.counts[t + 1]
-        # A document with several labels below a node counts once.
-        pairs = (doc_P * n_nodes + model.nodes(label_P, t)).unique()
-        count = (pairs % n_nodes).bincount(minlength=n_nodes).view_as(head.bias)
+        node_P = model.nodes(label_P, t)
+        # A pair (document, node) as one number. A document with several labels below a node counts
+        # once.
+        pairs = (doc_P * n_nodes + node_P).unique()
+        node_of_pair = pairs % n_nodes
+        count = node_of_pair.bincount(minlength=n_nodes).view_as(head.bias)
         # Half a document more on both sides: no logarithm of 0.
         odds = (count + 0.5) / (n_documents - count + 0.5)
         head.bias.copy_(odds.log())
@@ -578,20 +617,22 @@ def train_phase(
 ) -> None:
     """Train for config.epochs, from the beginning or from the `state` of a checkpoint."""
 
+    # 1. A new training, or one that goes on.
+    batches = Batches(data, config.batch_size, config.max_len, config.seed)
+    training = Training(job.model, config, len(batches), steps_before)
+    if state:
+        training.set_state(state)
+
     def log(record: dict) -> None:
         job.log({"phase": phase} | record)
 
     def checkpoint() -> None:
         save_phase(job, phase, training)
 
-    # A new training, or one that goes on.
-    batches = Batches(data, config.batch_size, config.max_len, config.seed)
-    training = Training(job.model, config, len(batches), steps_before)
-    if state:
-        training.set_state(state)
+    # 2. Epoch by epoch: train, validate, keep the best, save a checkpoint.
     for _ in range(training.epoch, config.epochs):
         train_one_epoch(training, batches, log, checkpoint, job.stop)
-        training.watch.check()
+        training.watch.check()  # the loss of the last step
         result = validate(job.model, data, job.config)
         keep_the_best(job, training, result, log)
         checkpoint()
@@ -608,6 +649,7 @@ def keep_the_best(job: Job, training: Training, result: dict, log: Callable[[dic
     ranking = max(model_stage.RANKINGS, key=totals.get)
     step = training.steps_before + training.steps
     log({"epoch": training.epoch, "step": step, "validation": result, "ranking": ranking})
+    # Better than every epoch before, of both phases? Then this is the model that stage 5 takes.
     can_judge = len(job.data.splits["val"].labels) > 0
     if totals[ranking] > job.best or not can_judge:
         job.best = totals[ranking]
@@ -667,6 +709,7 @@ def prepare(
     """(the model on its device, settings with nothing left open, the checkpoint to go on from)."""
     if not config.head_epochs + config.epochs:
         raise UserError("--head-epochs 0 --epochs 0: nothing to train; raise one of them")
+    # 1. The model, with weights to begin with.
     out = Path(config.run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(data, tree, config).to(device)
@@ -675,22 +718,24 @@ def prepare(
     layers = ",".join("+".join(str(layer) for layer in group) for group in model.layers)
     config = replace(config, topk=topk, layers=layers)
 
-    # Go on from a checkpoint? It brings its settings and its weights.
+    # 2. Go on from a checkpoint? It brings its settings and its weights.
     state = None
     if config.resume:
         state, config = go_on(out, config, type(model).__name__)
         set_weights(model, state["model"], out / "checkpoint.pt", "04_train.py")
-    # Is there room on the disk for all that will be written?
+    # 3. Is there room on the disk for all that will be written?
     heads_left = config.head_epochs and (not state or state["phase"] == "heads")
     room_for_training(out, model, cache_size(model, data) if heads_left else 0)
 
-    # Which precision is fastest on this device? One batch tells.
+    # 4. Which precision is fastest on this device? One batch tells.
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
     example = next(batches(0)).to(device)
     model.amp = choose_amp(config.amp, model, example)
     config = replace(config, amp=model.amp)
     if config.compile:
         model.encoder.compile(dynamic=True)
+    # 5. Nothing has failed so far. Only now is a finished training cleared away; one that stopped
+    #    on its way is refused.
     if not config.resume:
         start_over(out)
     return model, config, state
@@ -713,9 +758,11 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
             job.best = state["best"]
         else:
             set_prior(model, data.splits["train"])
+        # Phase 1: the heads alone.
         if config.head_epochs and (not state or state["phase"] == "heads"):
             train_heads(job, state)
             state = None  # used up: the next phase starts at its beginning
+        # Phase 2: everything.
         if config.epochs:
             train_all(job, state)
 
@@ -748,6 +795,7 @@ def load(
             "run the script that it was trained with"
         )
     config = config_type(run=str(folder), **content["config"])
+    # The encoder is built from the description in the file, without the folder it came from.
     encoder = model_stage.make_encoder(data, config, content["encoder"], content["model"])
     model = build(data, tree_stage.load(folder), config, encoder)
     set_weights(model, content["model"], path, meta["stage"])

@@ -1,4 +1,4 @@
-"""Stage 5: predict, measure, and put the numbers beside their yardsticks.
+"""Stage 5: predict, measure, and put the numbers beside two baselines.
 
     python 05_eval.py
     python 05_eval.py --run runs/mine --split val --exact --show 5
@@ -9,7 +9,7 @@ Writes   RUN/predictions.npz    labels (N, k) int32, best first, -1 where there 
                                 the corpus' order.
                                 Of another split than test: RUN/predictions.SPLIT.npz
 
-A number says little alone. So the table has two yardsticks, computed in the same run from the same
+A number says little alone. So the table has two baselines, computed in the same run from the same
 tokens: the most frequent labels, for everyone, and the labels of the 20 nearest neighbours.
 
 The cascade can rank its labels in three ways (03_model.py), and all three are in the table. Stage 4
@@ -84,8 +84,10 @@ def precision(hit_Nk: np.ndarray) -> np.ndarray:
     Two of the first three are correct: P@3 = 2/3. A document with one label has at most P@3 = 1/3.
     """
     k = hit_Nk.shape[1]
+    # A running count along each row: correct labels among the first 1, 2, ..., k.
     correct_Nk = hit_Nk.cumsum(axis=1)
     rank_k = np.arange(1, k + 1)
+    # Over the rank, and averaged over documents.
     return (correct_Nk / rank_k).mean(axis=0)
 
 
@@ -102,7 +104,8 @@ def r_precision(hit_Nk: np.ndarray, n_N: np.ndarray) -> np.ndarray:
     """
     k = hit_Nk.shape[1]
     correct_Nk = hit_Nk.cumsum(axis=1)
-    possible_Nk = np.minimum(np.arange(1, k + 1), n_N[:, None])
+    rank_k = np.arange(1, k + 1)
+    possible_Nk = np.minimum(rank_k, n_N[:, None])
     return (correct_Nk / possible_Nk).mean(axis=0)
 
 
@@ -114,8 +117,10 @@ def ndcg(hit_Nk: np.ndarray, n_N: np.ndarray) -> np.ndarray:
     """
     k = hit_Nk.shape[1]
     rank_k = np.arange(1, k + 1)
+    # What a correct label at each rank is worth, summed up along each document's ranking.
     discount_k = 1 / np.log2(rank_k + 1)
     gain_Nk = (hit_Nk * discount_k).cumsum(axis=1)
+    # The best possible sum at rank j: min(j, labels) correct ones at the first ranks.
     best_by_number_k = discount_k.cumsum()  # for 1, 2, ..., k correct labels
     possible_Nk = np.minimum(rank_k, n_N[:, None])
     best_Nk = best_by_number_k[possible_Nk - 1]
@@ -131,7 +136,10 @@ def propensity_scored_precision(
     Both are summed over all documents before the division, as in the XMC repository. A rare label
     has a large weight: see `inverse_propensity`.
     """
-    gained_k = (hit_Nk * weight_L[labels_Nk]).sum(axis=0).cumsum()
+    # The weight of every prediction, 0 where it is wrong. (-1, no prediction, is never a hit.)
+    weight_Nk = hit_Nk * weight_L[labels_Nk]
+    # Sum over documents, then a running sum over the ranks.
+    gained_k = weight_Nk.sum(axis=0).cumsum()
     possible_k = best_Nk.sum(axis=0).cumsum()
     return gained_k / possible_k
 
@@ -158,10 +166,12 @@ def best_weights(split: data_stage.Split, weight_L: np.ndarray, k: int) -> np.nd
     doc_P = np.repeat(np.arange(n_documents), np.diff(split.label_offsets))
     # Sort the pairs by document, and within a document by falling weight.
     order_P = np.lexsort((-weight_L[split.labels], doc_P))
-    place_P = np.arange(len(order_P)) - split.label_offsets[doc_P]
-    best_Nk = np.zeros((n_documents, k))
-    is_first_P = place_P < k
     sorted_weight_P = weight_L[split.labels[order_P]]
+    # The place of a pair among those of its document: 0, 1, 2, ...
+    place_P = np.arange(len(order_P)) - split.label_offsets[doc_P]
+    # The first k of each document go into its row.
+    is_first_P = place_P < k
+    best_Nk = np.zeros((n_documents, k))
     best_Nk[doc_P[is_first_P], place_P[is_first_P]] = sorted_weight_P[is_first_P]
     return best_Nk
 
@@ -179,7 +189,9 @@ def metrics(
     has_labels_N = n_N > 0
     if not has_labels_N.any():
         return {name: np.full(k, np.nan) for name in ("P", "R", "RP", "nDCG", "PSP")}
+    # Documents without labels have no best weights: their rows are zeros, which add nothing.
     best_Nk = best_weights(split, weight_L, k)
+    # From all other arrays they are taken out.
     hit_Nk = train_stage.hits(labels_Nk, split)[has_labels_N]
     labels_Nk = labels_Nk[has_labels_N]
     n_N = n_N[has_labels_N]
@@ -206,7 +218,7 @@ def row(name: str, result: dict[str, np.ndarray]) -> str:
     return f"{name:34}" + "".join(cells)
 
 
-# 2. Yardsticks.
+# 2. The two baselines: a model that is not better has learned nothing.
 
 
 def most_frequent(
@@ -221,9 +233,11 @@ def most_frequent(
     What is `known` (N, L) of a document is no prediction for it: the next label moves up.
     """
     n_wanted = k + most_known(known)
+    # Labels from the most to the least frequent; of two equal ones the smaller number first.
     count_L = np.bincount(train.labels, minlength=n_labels)
     best = np.argsort(-count_L, kind="stable")[:n_wanted]
-    best = np.pad(best, (0, n_wanted - len(best)), constant_values=-1)
+    n_missing = n_wanted - len(best)
+    best = np.pad(best, (0, n_missing), constant_values=-1)
     the_same_for_all = np.tile(best, (n_documents, 1))
     return labels_without_known(the_same_for_all, known, k)
 
@@ -244,18 +258,20 @@ def nearest_neighbours(
     """
     n_wanted = k + most_known(known)
     n_train = len(train)
+    # Vectors of all documents. How rare a word is (idf) is counted on training documents alone.
     X_train, idf_V = tree_stage.tfidf(train, None, vocab)
     X, _ = tree_stage.tfidf(split, idf_V, vocab)
     Y_train = train.label_matrix(n_labels)
     X_transposed = X_train.T.tocsr()
     neighbours = min(neighbours, n_train)
+    # All cosines at once would not fit into memory.
     chunk = max(1, COSINES // n_train)
     labels = np.full((len(split), n_wanted), -1, np.int64)
     for start in tqdm(range(0, len(split), chunk), desc="neighbours", unit=" chunks", disable=None):
         # 1. The cosines of some documents with all training documents: the vectors have length 1.
         cosine = (X[start : start + chunk] @ X_transposed).toarray()
         n = len(cosine)
-        # 2. The nearest of each.
+        # 2. The nearest of each, in no order.
         near = np.argpartition(-cosine, neighbours - 1, axis=1)[:, :neighbours]
         weight = np.take_along_axis(cosine, near, axis=1)
         # 3. Each neighbour votes for its labels: a sparse (n, n_train) matrix of weights, times Y.
@@ -265,9 +281,10 @@ def nearest_neighbours(
         # 4. Sort the labels of each document by votes, and equal ones by their number.
         doc_P = np.repeat(np.arange(n), np.diff(votes.indptr))
         order_P = np.lexsort((votes.indices, -votes.data, doc_P))
+        sorted_labels_P = votes.indices[order_P]
+        # 5. The first of each document go into its row, as in best_weights.
         place_P = np.arange(len(doc_P)) - votes.indptr[doc_P]
         is_first_P = place_P < n_wanted
-        sorted_labels_P = votes.indices[order_P]
         labels[start + doc_P[is_first_P], place_P[is_first_P]] = sorted_labels_P[is_first_P]
     return labels_without_known(labels, known, k)
 
@@ -295,7 +312,7 @@ def predict_exact(
         scores = model_stage.rank(logits_BCF, scores)
     # 2. The labels, some leaf clusters at a time.
     label_head = model.heads[-1]
-    n_clusters = model.counts[-2]
+    n_clusters = model.counts[-2]  # leaf clusters, whose children are labels
     slot_to_label_CF = model.slot_to_label.view(n_clusters, -1)
     best = None
     for start in range(0, n_clusters, chunk):
@@ -303,10 +320,12 @@ def predict_exact(
         weight_nFD = label_head.weight[part]
         bias_nF = label_head.bias[part]
         logits_BCF = product(features[-1], weight_nFD, bias_nF)
+        # Each under the score of its cluster; a tree of the root alone has no clusters.
         above = None
         if scores is not None:
             above = {name: score_BC[:, part] for name, score_BC in scores.items()}
         score_BM = model_stage.rank(logits_BCF, above)[ranking]
+        # A slot without a label (-1) must never win.
         labels_M = slot_to_label_CF[part].flatten()
         score_BM = score_BM.masked_fill(labels_M < 0, -torch.inf)
         labels_BM = labels_M.expand(score_BM.shape)
@@ -356,9 +375,11 @@ def predict(
         labels, scores = predict_exact(model, batch, k, ranking)
         return {"labels": labels.cpu().numpy(), "scores": scores.cpu().numpy()}
 
+    # 1. The beam finds the best k by all rankings at once; one of them is written.
     beam, beam_rate = timed(partial(train_stage.predict_rankings, model))
     labels = beam[f"labels {ranking}"]
     scores = beam[f"scores {ranking}"]
+    # 2. With --exact, what is written is the ranking of all labels.
     exact = None
     exact_rate = None
     if config.exact:
@@ -385,28 +406,33 @@ def save(config: Config, found: Predictions, ranking: str) -> None:
 
 
 def print_table(config: Config, data: data_stage.Data, found: Predictions, ranking: str) -> None:
-    """The yardsticks, and the cascade by each of its rankings."""
+    """The two baselines, and the cascade by each of its rankings."""
     split = data.splits[config.split]
     train = data.splits["train"]
     known = data.known.get(config.split)
     n_labels = len(data.names)
+    # How rare a label is, is counted on the training documents.
     a, b = pair(config.propensity, "--propensity")
-    weight_L = inverse_propensity(np.bincount(train.labels, minlength=n_labels), len(train), a, b)
+    count_L = np.bincount(train.labels, minlength=n_labels)
+    weight_L = inverse_propensity(count_L, len(train), a, b)
 
     def print_row(name: str, labels_Nk: np.ndarray) -> None:
         print(row(name, metrics(labels_Nk, split, weight_L)))
 
+    # 1. What the columns are.
     n_unlabelled = int((np.diff(split.label_offsets) == 0).sum())
     print(
         f"{config.split}: {len(split):,} documents, {n_unlabelled} of them without labels and left "
         "out of the metrics"
     )
     print(f"{'%':34}" + "".join(f"{column:>7}" for column in COLUMNS))
+    # 2. The baselines.
     frequent = most_frequent(train, len(split), n_labels, config.k, known)
     print_row("most frequent labels", frequent)
     vocab = data.meta["vocab_size"]
     near = nearest_neighbours(train, split, vocab, n_labels, config.k, known=known)
     print_row("20 nearest neighbours, TF-IDF", near)
+    # 3. The cascade.
     for name in model_stage.RANKINGS:
         mark = " *" if name == ranking else ""
         print_row(f"cascade, {NAMES[name]}{mark}", found.beam[f"labels {name}"])
@@ -447,12 +473,14 @@ def show(config: Config, data: data_stage.Data, labels: np.ndarray, scores: np.n
     """Print some documents, as their tokens say them, with predicted and true labels."""
     split = data.splits[config.split]
     tokenizer = Tokenizer.from_buffer(data.tokenizer)
-    rows = np.random.default_rng(config.seed).permutation(len(split))[: config.show]
-    for i in rows:
+    # A random choice, the same for the same seed.
+    shuffled = np.random.default_rng(config.seed).permutation(len(split))
+    for i in shuffled[: config.show]:
         true = split.labels[split.label_offsets[i] : split.label_offsets[i + 1]]
         ids = split.ids[split.offsets[i] : split.offsets[i + 1]]
         text = tokenizer.decode(ids[:80].tolist())
         print(f"\n{config.split} {i}: {text}")
+        # The first five predictions with their probabilities; + marks a correct one.
         for label, score in zip(labels[i, :5], scores[i, :5], strict=True):
             if label >= 0:
                 mark = "+" if label in true else " "
@@ -469,9 +497,11 @@ def run(
     train_config: type[train_stage.Config] = train_stage.Config,
 ) -> None:
     """Predict and measure. `build` and `train_config`: of a fork, as in 04_train.py: load."""
+    # 1. Refuse what cannot work now, not after minutes of prediction.
     if config.split not in ("train", "val", "test"):
         raise UserError(f"--split {config.split}: expected test, val or train")
-    pair(config.propensity, "--propensity")  # refused now, not after minutes of prediction
+    pair(config.propensity, "--propensity")
+    # 2. The data, and the model that stage 4 kept.
     data = data_stage.load(config.run)
     model, trained, ranking = train_stage.load(config.run, data, build, train_config)
     if config.exact and ranking == "label" and model.topk:
@@ -485,9 +515,11 @@ def run(
     split = data.splits[config.split]
     need_space(Path(config.run), 9 * config.k * len(split))
 
+    # 3. Predict, and write the predictions.
     with memory_advice(config, len(data.names)):
         found = predict(config, data, model, trained.max_len, ranking)
     save(config, found, ranking)
+    # 4. Say how good they are.
     print_table(config, data, found, ranking)
     print_recall(split, model, found.beam)
     print_speed(found, ranking)

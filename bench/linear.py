@@ -1,4 +1,4 @@
-"""What linear models reach on the documents of a run: the yardstick for the cascade.
+"""What linear models reach on the documents of a run: the baselines for the cascade.
 
     python bench/linear.py --run runs/demo                         one-vs-rest; no other library
     python bench/linear.py --run runs/demo --system xr-linear      by PECOS

@@ -1,4 +1,4 @@
-"""Stage 5: every metric at every j against a slow reference, the yardsticks against dense brute
+"""Stage 5: every metric at every j against a slow reference, the baselines against dense brute
 force.
 """
 
@@ -124,7 +124,7 @@ def random_known(n, n_labels, seed=0):
     )
 
 
-def test_the_yardsticks_leave_out_what_is_known(done):
+def test_the_baselines_leave_out_what_is_known(done):
     """As if it were struck out of the whole ranking by hand."""
     loaded = stages.data.load(done)
     train, test, n_labels = loaded.splits["train"], loaded.splits["test"], len(loaded.names)
@@ -182,7 +182,7 @@ def test_a_document_that_is_a_label_is_never_given_that_label(tmp_path, monkeypa
     stages.train.run(stages.train.Config(run=run, **SMALL))
     evaluate.run(evaluate.Config(run=run, k=20, exact=has_exact(run)))
     rows.append(load_npz(tmp_path / "run" / "predictions.npz")[0]["labels"])
-    # two yardsticks, three rankings, every label scored, and what was written
+    # two baselines, three rankings, every label scored, and what was written
     assert len(rows) == 6 + has_exact(run)
     for labels in rows:
         assert not any(label in labels[line] for line, label in own["test"])

@@ -1,4 +1,4 @@
-"""The linear yardsticks: SVMs at their minimum, the texts of the run, predictions that can be
+"""The linear baselines: SVMs at their minimum, the texts of the run, predictions that can be
 compared.
 """
 

@@ -7,7 +7,7 @@ Reads    RUN/data.npz, RUN/tree.npz, RUN/log.jsonl, RUN/model.pt (its settings),
 Writes   RUN/plot-curves.png        loss per level, validation P@1/3/5 and learning rate by step
          RUN/plot-funnel.png        share of each level that is scored, and of its correct labels
          RUN/plot-frequency.png     labels found, and first predictions that are correct, by label
-                                    frequency, beside two yardsticks
+                                    frequency, beside two baselines
          RUN/plot-coverage.png      precision of the surest first predictions, by their number
          RUN/plot-reliability.png   score of the first prediction against the share that is correct
          RUN/plot-tree.png          coarsest clusters: most frequent names, share of labels found
@@ -349,7 +349,7 @@ def pictures_of(out: Path) -> list[tuple]:
     first_scores = scores_Nk[has_labels_N, 0]
     first_right = right_Nk[has_labels_N, 0]
 
-    # 2. The yardsticks of stage 5.
+    # 2. The baselines of stage 5.
     known = data.known.get("test")
     near = stages.eval.nearest_neighbours(
         train, split, data.meta["vocab_size"], n_labels, FIRST, known=known
