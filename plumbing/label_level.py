@@ -17,13 +17,14 @@ Backward. Let dz be the gradient of the logits, scattered into (B, U, F). Then
     the gradient of the features is  dz W       one more product with the same small layer
     the gradient of the weights is   dz^T x     as big as the small layer: it is never built
 
-We keep the two factors dz and x. The optimiser multiplies them for a chunk of clusters at a time,
-updates these weights at once, and forgets the chunk. Only when the gradients of several batches are
-added up (--accumulate) is their sum made whole.
+We keep the two factors dz and x. All that the optimiser wants to know of the gradient follows from
+them, and the step itself is again one product, added to the weights in place, for some clusters at
+a time. Batches whose gradients are added up (--accumulate) are one batch of all their documents:
+their factors are put one below the other.
 
 Left out: several devices; momentum, which would be a second number per weight.
 Shapes   B documents of a batch, D width, C clusters, F children of each (fan), K clusters kept for
-         document, U clusters kept by any document of the batch, R rows: U x F
+         document, U clusters that take part in the batch, R rows: U x F, or n x F of n clusters
 """
 
 from collections.abc import Iterator
@@ -34,10 +35,60 @@ from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 # Weights that are worked on at a time. On a CPU: as many as its caches hold.
-CHUNK = {"cpu": 2**17, "cuda": 2**25}
+CHUNK = {"cpu": 2**17, "cuda": 2**26}
+# From this share of clusters on all of them take part: whoever takes all need not gather. A GPU
+# waits for memory, and to gather costs it three times as much as to read. A CPU computes.
+ENOUGH = {"cpu": 0.95, "cuda": 0.4}
 BOUND = 30.0  # learning rates that a weight moves in one step at most; why 30: RowAdam
-SUMMED = 1024  # clusters whose squares are summed at a time
 FLOOR = 1e-3  # of the mean: what is added to the squares of every feature
+
+
+# 1. Which clusters take part.
+
+
+def touched(clusters_BK: Tensor, n_clusters: int, wait: bool) -> tuple[Tensor | None, Tensor]:
+    """(clusters (U,) that occur in the batch, place (B, K) of each document's clusters among them).
+
+    Where nearly all occur, None stands for all C clusters, each at the place of its number.
+
+    To count those that occur, one would have to wait for a GPU. Without `wait`, in training, U is
+    the most that there can be, min(B * K, C): the places left over are filled up with others.
+    """
+    enough = ENOUGH[clusters_BK.device.type] * n_clusters
+    if wait:
+        clusters_U, place_BK = clusters_BK.unique(return_inverse=True)
+        if len(clusters_U) >= enough:
+            return None, clusters_BK
+        return clusters_U, place_BK
+    most = min(clusters_BK.numel(), n_clusters)
+    if most >= enough:
+        return None, clusters_BK
+    device = clusters_BK.device
+    occurs_C = torch.zeros(n_clusters, dtype=torch.uint8, device=device)
+    occurs_C.scatter_(0, clusters_BK.flatten(), 1)
+    # The clusters that occur first, then the others, each group in ascending order.
+    filled_C = occurs_C.argsort(descending=True, stable=True)
+    place_C = torch.empty_like(filled_C)
+    place_C.scatter_(0, filled_C, torch.arange(n_clusters, device=device))
+    return filled_C[:most], place_C[clusters_BK]
+
+
+def in_parts(clusters_U: Tensor | None, weight: Tensor) -> Iterator[slice | Tensor]:
+    """The clusters, some at a time: weight[part] is a copy, or with None a view of the weight."""
+    n = chunk_of(weight)
+    if clusters_U is not None:
+        yield from clusters_U.split(n)
+        return
+    for start in range(0, len(weight), n):
+        yield slice(start, start + n)
+
+
+def chunk_of(weight: Tensor) -> int:
+    """How many clusters are worked on at a time."""
+    return max(1, CHUNK[weight.device.type] // weight[0].numel())
+
+
+# 2. The logits.
 
 
 def product(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor) -> Tensor:
@@ -47,38 +98,12 @@ def product(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor) -> Tensor:
     return logits_BR.view(len(x_BD), *bias_CF.shape) + bias_CF
 
 
-def touched(clusters_BK: Tensor, n_clusters: int, wait: bool) -> tuple[Tensor, Tensor]:
-    """(clusters (U,) that occur in the batch, place (B, K) of each document's clusters among them).
-
-    To count them, one would have to wait for a GPU. Without `wait`, in training, U is the most that
-    there can be, min(B * K, n_clusters): the places left over are filled up with other clusters.
-    """
-    if wait:
-        clusters_U, place_BK = clusters_BK.unique(return_inverse=True)
-        return clusters_U, place_BK
-    device = clusters_BK.device
-    occurs_C = torch.zeros(n_clusters, dtype=torch.uint8, device=device)
-    occurs_C.scatter_(0, clusters_BK.flatten(), 1)
-    # The clusters that occur first, then the others, each group in ascending order.
-    filled_C = occurs_C.argsort(descending=True, stable=True)
-    place_C = torch.empty_like(filled_C)
-    place_C.scatter_(0, filled_C, torch.arange(n_clusters, device=device))
-    most = min(clusters_BK.numel(), n_clusters)
-    return filled_C[:most], place_C[clusters_BK]
-
-
 class Factors(NamedTuple):
     """A gradient (U, F, D) as two factors: of cluster u, sum over documents dz[b, u] x[b]."""
 
-    clusters_U: Tensor  # int64
+    clusters_U: Tensor | None  # int64; None for all clusters
     dz_BUF: Tensor  # float32, gradient of the logits
     x_BD: Tensor  # float32, input of the head
-
-
-def times(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
-    """The gradient (U, F, D) that two factors stand for."""
-    gradient_RD = dz_BUF.flatten(1).T @ x_BD
-    return gradient_RD.view(*dz_BUF.shape[1:], -1)
 
 
 class ShortlistProduct(torch.autograd.Function):
@@ -98,15 +123,9 @@ class ShortlistProduct(torch.autograd.Function):
         index_BKF = place_BK[..., None].expand(-1, -1, fan)
         ctx.save_for_backward(x_BD, clusters_U, index_BKF)
         ctx.parameters = weight, bias  # the parameters themselves, not what autograd saves of them
-        ctx.n = max(1, CHUNK[x_BD.device.type] // weight[0].numel())
-        # As many clusters at a time as the caches hold.
-        parts = []
-        for clusters in clusters_U.split(ctx.n):
-            weight_nFD = weight.index_select(0, clusters)
-            bias_nF = bias.index_select(0, clusters)
-            parts.append(product(x_BD, weight_nFD, bias_nF))
+        logits = [product(x_BD, weight[part], bias[part]) for part in in_parts(clusters_U, weight)]
         # Every document picks the clusters that it asked for.
-        logits_BUF = torch.cat(parts, dim=1)
+        logits_BUF = torch.cat(logits, dim=1)
         return logits_BUF.gather(1, index_BKF)
 
     @staticmethod
@@ -114,7 +133,8 @@ class ShortlistProduct(torch.autograd.Function):
         x_BD, clusters_U, index_BKF = ctx.saved_tensors
         weight, bias = ctx.parameters
         # 1. The gradient of all logits: 0 where a document did not ask.
-        dz_BUF = dz_BKF.new_zeros(len(x_BD), len(clusters_U), weight.shape[1])
+        n_clusters = len(weight) if clusters_U is None else len(clusters_U)
+        dz_BUF = dz_BKF.new_zeros(len(x_BD), n_clusters, weight.shape[1])
         dz_BUF.scatter_add_(1, index_BKF, dz_BKF)
 
         # 2. The gradients of weight and bias stay factors.
@@ -127,12 +147,11 @@ class ShortlistProduct(torch.autograd.Function):
         # 3. The gradient of the features, dz W.
         dx_BD = None
         if ctx.needs_input_grad[0]:  # features from a cache do not learn
-            parts = []
-            for dz, clusters in zip(dz_BUF.split(ctx.n, 1), clusters_U.split(ctx.n), strict=True):
-                weight_nFD = weight.index_select(0, clusters)
-                part_BD = dz.flatten(1).to(weight.dtype) @ weight_nFD.flatten(0, 1)
-                parts.append(part_BD.to(x_BD.dtype))
-            dx_BD = sum(parts)
+            dx_BD = torch.zeros_like(x_BD)
+            dz_parts = dz_BUF.split(chunk_of(weight), 1)
+            for part, dz_BnF in zip(in_parts(clusters_U, weight), dz_parts, strict=True):
+                weight_RD = weight[part].flatten(0, 1)
+                dx_BD += dz_BnF.flatten(1).to(weight.dtype) @ weight_RD
         return dx_BD, None, None, None, None
 
 
@@ -141,78 +160,73 @@ def leave(parameter: Tensor, factors: Factors) -> None:
     parameter.factors = [*getattr(parameter, "factors", []), factors]
 
 
-class Gradient:
-    """The gradient of a weight (C, F, D), for one step of RowAdam.
+# 3. What follows from the factors.
 
-    From one batch it stays two factors, which `chunks` multiplies for a few clusters at a time.
-    From several batches (--accumulate) their sum is made whole.
-    """
 
-    def __init__(self, parts: list[Factors], scale: Tensor | float) -> None:
-        self.x_BD = [part.x_BD / scale for part in parts]
-        self.dz_BUF = [part.dz_BUF for part in parts]
-        self.sum_UFD = None
-        if len(parts) == 1:
-            self.clusters_U = parts[0].clusters_U
-            self.place_U = [slice(None)]
-            return
-        # Each batch has touched clusters of its own. The sum is over all of them.
+def put_together(parts: list[Factors], n_clusters: int) -> Factors:
+    """The sum of several gradients: one batch of all their documents."""
+    if len(parts) == 1:
+        return parts[0]
+    # 1. The clusters of all batches, and where those of each batch are among them.
+    if any(part.clusters_U is None for part in parts):
+        clusters_U = None
+    else:
         every = torch.cat([part.clusters_U for part in parts])
-        self.clusters_U, places = every.unique(return_inverse=True)
-        self.place_U = places.split([len(part.clusters_U) for part in parts])
-        fan = parts[0].dz_BUF.shape[2]
-        width = parts[0].x_BD.shape[1]
-        self.sum_UFD = self.x_BD[0].new_zeros(len(self.clusters_U), fan, width)
-        for place, dz_BUF, x_BD in zip(self.place_U, self.dz_BUF, self.x_BD, strict=True):
-            self.sum_UFD.index_add_(0, place, times(dz_BUF, x_BD))
+        clusters_U, place = touched(every, n_clusters, wait=not every.is_cuda)
+        places = place.split([len(part.clusters_U) for part in parts])
+    if clusters_U is None:
+        places = [part.clusters_U for part in parts]
+    # 2. The documents of all batches: 0 where a batch has not touched a cluster.
+    x_BD = torch.cat([part.x_BD for part in parts])
+    n_touched = n_clusters if clusters_U is None else len(clusters_U)
+    dz_BUF = parts[0].dz_BUF.new_zeros(len(x_BD), n_touched, parts[0].dz_BUF.shape[2])
+    documents = dz_BUF.split([len(part.x_BD) for part in parts])
+    for own_BUF, place, part in zip(documents, places, parts, strict=True):
+        if place is None:
+            own_BUF.copy_(part.dz_BUF)
+        else:
+            own_BUF.index_copy_(1, place, part.dz_BUF)
+    return Factors(clusters_U, dz_BUF, x_BD)
 
-    def squares_of_features(self) -> Tensor:
-        """(D,) squares of the gradient, summed over all rows.
 
-        From the factors, sum_r (sum_b dz_br x_bd)^2 = sum_bc x_bd (sum_r dz_br dz_cr) x_cd. The
-        product of documents with documents comes first, so the gradient itself is not needed.
-        """
-        if self.sum_UFD is not None:
-            parts = [part.square().sum((0, 1)) for part in self.sum_UFD.split(SUMMED)]
-            return torch.stack(parts).sum(0)
-        dz_BR = self.dz_BUF[0].flatten(1)
-        x_BD = self.x_BD[0]
-        between_BB = dz_BR @ dz_BR.T
-        squares_D = (x_BD * (between_BB @ x_BD)).sum(0)
-        return squares_D.clamp(min=0)  # rounding may go below zero
+def squares_of_features(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
+    """(D,) squares of the gradient, summed over all rows.
 
-    def bound_of_rows(self, scale_D: Tensor) -> Tensor:
-        """(U, F): no entry of a row of the scaled gradient is larger than this.
+    sum_r (sum_b dz_br x_bd)^2 = sum_bc x_bd (sum_r dz_br dz_cr) x_cd. The product of documents with
+    documents comes first, so the gradient itself is not needed.
+    """
+    dz_BR = dz_BUF.flatten(1)
+    between_BB = dz_BR @ dz_BR.T
+    squares_D = (x_BD * (between_BB @ x_BD)).sum(0)
+    return squares_D.clamp(min=0)  # rounding may go below zero
 
-        It is the smaller of two bounds, both cheap to compute from the factors:
 
-        |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|     sharp if few documents pull at a row
-        |sum_b dz_b x_bd| <= |dz| max_d |x_d|, lengths     sharp if many do (Cauchy, Schwarz)
-        """
-        bounds = []
-        for dz_BUF, x_BD in zip(self.dz_BUF, self.x_BD, strict=True):
-            scaled_BD = x_BD * scale_D
-            largest_B = scaled_BD.abs().amax(1)
-            by_few = torch.einsum("buf,b->uf", dz_BUF.abs(), largest_B)
-            length_UF = torch.linalg.vector_norm(dz_BUF, dim=0)
-            by_many = length_UF * torch.linalg.vector_norm(scaled_BD, dim=0).max()
-            bounds.append(torch.minimum(by_few, by_many))
-        if self.sum_UFD is None:
-            return bounds[0]
-        # Of several batches: the sum of what each could add.
-        bound_UF = bounds[0].new_zeros(self.sum_UFD.shape[:2])
-        for place, part_UF in zip(self.place_U, bounds, strict=True):
-            bound_UF.index_add_(0, place, part_UF)
-        return bound_UF
+def squares_of_rows(dz_BR: Tensor, between_BB: Tensor) -> Tensor:
+    """(R,) squares of the gradient, summed over all features: the same the other way round.
 
-    def chunks(self, n: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yield (clusters (n,), their gradient (n, F, D)), n clusters at a time."""
-        if self.sum_UFD is not None:
-            yield from zip(self.clusters_U.split(n), self.sum_UFD.split(n), strict=True)
-            return
-        dz_parts = self.dz_BUF[0].split(n, 1)
-        for clusters, dz_BnF in zip(self.clusters_U.split(n), dz_parts, strict=True):
-            yield clusters, times(dz_BnF, self.x_BD[0])
+    `between_BB` is x x^T. Where documents nearly cancel, rounding leaves a millionth of what they
+    could add up to. The square root of this is far below the cap of RowAdam, which takes over then.
+    """
+    squares_R = (dz_BR * (between_BB @ dz_BR)).sum(0)
+    return squares_R.clamp(min=0)
+
+
+def bound_of_rows(dz_BR: Tensor, x_BD: Tensor) -> Tensor:
+    """(R,): no entry of a row of the gradient is larger than this.
+
+    It is the smaller of two bounds, both cheap to compute from the factors:
+
+    |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|     sharp if few documents pull at a row
+    |sum_b dz_b x_bd| <= |dz| max_d |x_d|, lengths     sharp if many do (Cauchy, Schwarz)
+    """
+    largest_B = x_BD.abs().amax(1)
+    by_few_R = largest_B @ dz_BR.abs()
+    largest_length = torch.linalg.vector_norm(x_BD, dim=0).max()
+    by_many_R = torch.linalg.vector_norm(dz_BR, dim=0) * largest_length
+    return torch.minimum(by_few_R, by_many_R)
+
+
+# 4. The step.
 
 
 def round_stochastically(values: Tensor) -> Tensor:
@@ -272,43 +286,54 @@ class RowAdam(torch.optim.Optimizer):
             for weight in group["params"]:
                 parts = weight.__dict__.pop("factors", [])
                 if parts:
-                    gradient = Gradient(parts, scale)
+                    clusters_U, dz_BUF, x_BD = put_together(parts, len(weight))
+                    gradient = Factors(clusters_U, dz_BUF, x_BD / scale)
                     self.update(weight, gradient, group["lr"], group["weight_decay"])
 
-    def update(self, weight: Tensor, gradient: Gradient, lr: float, decay: float) -> None:
+    def update(self, weight: Tensor, gradient: Factors, lr: float, decay: float) -> None:
         """One step of a weight (C, F, D), or of a bias (C, F), whose rows have a single feature."""
+        clusters_U, dz_BUF, x_BD = gradient
+        width = x_BD.shape[1]
         state = self.state[weight]
         if not state:
             state["rows"] = torch.zeros(*weight.shape[:2], 2, device=weight.device)  # v and c
-            state["features"] = torch.zeros(weight.shape[2:] or 1, device=weight.device)  # f
+            state["features"] = torch.zeros(width, device=weight.device)  # f
         # 1. The second moment of the features, and from it a factor for each.
         f_D = state["features"]
-        f_D.mul_(self.beta).add_(gradient.squares_of_features(), alpha=1 - self.beta)
+        f_D.mul_(self.beta).add_(squares_of_features(dz_BUF, x_BD), alpha=1 - self.beta)
         mean = f_D.mean()
         scale_D = ((mean + 1e-30) / (f_D + FLOOR * mean + 1e-30)).sqrt()
-        bound_UF = gradient.bound_of_rows(scale_D)
+        scaled_BD = x_BD * scale_D
+        between_BB = x_BD @ x_BD.T
 
-        n = max(1, CHUNK[weight.device.type] // weight[0].numel())
-        for (clusters, g), bound in zip(gradient.chunks(n), bound_UF.split(n), strict=True):
+        dz_parts = dz_BUF.split(chunk_of(weight), 1)
+        for part, dz_BnF in zip(in_parts(clusters_U, weight), dz_parts, strict=True):
+            dz_BR = dz_BnF.flatten(1)
             # 2. The second moment of the rows. A row without a gradient keeps its history.
-            square = torch.linalg.vector_norm(g, dim=2, keepdim=True).square() / g.shape[2]
-            here = (square > 0).float()
-            vc = state["rows"].index_select(0, clusters)
-            vc.lerp_(torch.cat([square, here], 2), (1 - self.beta) * here)
-            state["rows"].index_copy_(0, clusters, vc)
-            v, c = vc.split(1, 2)
+            square_R = squares_of_rows(dz_BR, between_BB) / width
+            here_R = (square_R > 0).float()
+            vc_R2 = state["rows"][part].view(-1, 2)
+            now_R2 = torch.stack([square_R, here_R], 1)
+            vc_R2.lerp_(now_R2, (1 - self.beta) * here_R[:, None])
+            v_R, c_R = vc_R2.unbind(1)
 
             # 3. What the gradient is divided by. Where the row could go too far, more than that.
-            size = (v / c.clamp(min=1e-12)).sqrt()
-            size = torch.maximum(size, bound[..., None] / BOUND) + 1e-12
+            size_R = (v_R / c_R.clamp(min=1e-12)).sqrt()
+            size_R = torch.maximum(size_R, bound_of_rows(dz_BR, scaled_BD) / BOUND) + 1e-12
 
-            # 4. The step.
-            w = weight.index_select(0, clusters).float()
-            step = g.mul_(scale_D)
-            w.view_as(g).mul_(1 - lr * decay * here).addcmul_(step, lr * here / size, value=-1)
-            if weight.dtype == torch.bfloat16:
-                w = round_stochastically(w)
-            weight.index_copy_(0, clusters, w)
+            # 4. The step: decay, and one product in place.
+            w_RD = weight[part].float().view(-1, width)
+            w_RD.mul_(1 - lr * decay * here_R[:, None])
+            step_BR = dz_BR * (lr * here_R / size_R)
+            w_RD.addmm_(step_BR.T, scaled_BD, alpha=-1)
+
+            # 5. Parts that are copies go back to where they came from.
+            if clusters_U is not None:
+                state["rows"][part] = vc_R2.view(-1, dz_BnF.shape[2], 2)
+            if clusters_U is not None or weight.dtype == torch.bfloat16:
+                if weight.dtype == torch.bfloat16:
+                    w_RD = round_stochastically(w_RD)
+                weight[part] = w_RD.view(-1, *weight.shape[1:])
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state, and keep its numbers float32 where the weights are bfloat16."""

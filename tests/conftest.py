@@ -29,6 +29,8 @@ def formed(shape, parts):
     """The gradient (C, F, D) of `shape`, or (C, F) of a bias, that factors stand for."""
     found = parts[0].x_BD.new_zeros(*shape[:2], parts[0].x_BD.shape[1])
     for clusters_U, dz_BUF, x_BD in parts:
+        if clusters_U is None:  # all of them
+            clusters_U = torch.arange(len(found))
         found.index_add_(0, clusters_U, torch.einsum("buf,bd->ufd", dz_BUF, x_BD))
     return found.view(shape)
 

@@ -122,6 +122,42 @@ def test_a_gradient_in_a_single_entry_moves_no_weight_far():
     assert 0.01 < step_of(weight, optimizer, [one]) <= label_level.BOUND
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n_batches", [1, 3])
+@pytest.mark.parametrize("shape", [(9, 3, 8), (9, 3)])
+def test_a_step_in_place_over_all_clusters_is_the_step_over_those_touched(shape, n_batches, dtype):
+    """With decay, features that are dead and wake up, accumulated batches, and a scaled loss."""
+    width = 8 if len(shape) == 3 else 1
+    start = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype)
+    gathered, in_place, both = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    optimizers = []
+    for weight in (gathered, in_place, both):
+        optimizers.append(RowAdam([{"params": [weight], "lr": 0.1, "weight_decay": 0.1}]))
+    for step in range(10):
+        parts = [factors([4, 0, 7], 3, width, 10 * step + i) for i in range(n_batches)]
+        for part in parts:
+            part.x_BD[:, :2] *= 0.0 if step < 5 else 1.0
+            part.dz_BUF.mul_(1024.0)
+        whole = []
+        for part in parts:
+            dz_BCF = part.dz_BUF.new_zeros(len(part.dz_BUF), 9, 3)
+            dz_BCF[:, part.clusters_U] = part.dz_BUF
+            whole.append(Factors(None, dz_BCF, part.x_BD))
+        gathered.factors = parts
+        in_place.factors = whole
+        both.factors = [*whole[:1], *parts[1:]]
+        for optimizer in optimizers:
+            optimizer.step(scale=1024.0)
+    untouched = [1, 2, 3, 5, 6, 8]
+    for weight in (in_place, both):
+        # A bfloat16 rounds up or down at random: by up to 1/128 of the weight, in every step.
+        tolerance = 1e-5 if dtype == torch.float32 else 0.3
+        torch.testing.assert_close(weight, gathered, rtol=tolerance, atol=tolerance)
+        assert torch.equal(weight[untouched], start[untouched])
+    for key, value in optimizers[0].state[gathered].items():
+        torch.testing.assert_close(optimizers[1].state[in_place][key], value)
+
+
 def test_a_step_uses_the_gradient_up():
     weight = torch.nn.Parameter(torch.zeros(9, 3, 5))
     optimizer = RowAdam([{"params": [weight]}])
@@ -143,11 +179,9 @@ def test_row_adam_adds_up_what_was_accumulated(monkeypatch):
     for gradient in (parts, [Factors(clusters_U, dz_BUF, x_BD)]):
         weight = torch.nn.Parameter(torch.zeros(9, 3, 5))
         weight.factors = gradient
-        chunks = label_level.Gradient(gradient, 1.0).chunks(3)
-        clusters, g = zip(*chunks, strict=True)
-        assert [len(part) for part in clusters] == [len(part) for part in g] == [3, 1]
-        found = torch.zeros(9, 3, 5).index_add_(0, torch.cat(clusters), torch.cat(g))
-        torch.testing.assert_close(found, formed(weight.shape, parts))
+        whole = label_level.put_together(gradient, len(weight))
+        assert whole.clusters_U.tolist() == clusters_U.tolist()
+        torch.testing.assert_close(formed(weight.shape, [whole]), formed(weight.shape, parts))
         RowAdam([{"params": [weight]}]).step()
         results.append(weight.detach())
     torch.testing.assert_close(*results)
@@ -157,12 +191,15 @@ def test_row_adam_adds_up_what_was_accumulated(monkeypatch):
 @pytest.mark.parametrize("n_batches", [1, 3])
 def test_what_is_said_of_a_gradient_from_its_factors_is_true(n_batches):
     parts = [factors([4, 1], 3, 5, seed) for seed in range(n_batches)]
-    scale_D = torch.tensor([1.0, 2.0, 0.5, 3.0, 1.0])
     whole = formed((9, 3, 5), parts)
-    gradient = label_level.Gradient(parts, 1.0)
-    torch.testing.assert_close(gradient.squares_of_features(), whole.square().sum((0, 1)))
-    largest_UF = (whole * scale_D).abs().amax(2)[gradient.clusters_U]
-    assert (gradient.bound_of_rows(scale_D) >= largest_UF * (1 - 1e-6)).all()
+    clusters_U, dz_BUF, x_BD = label_level.put_together(parts, 9)
+    dz_BR = dz_BUF.flatten(1)
+    of_features = label_level.squares_of_features(dz_BUF, x_BD)
+    torch.testing.assert_close(of_features, whole.square().sum((0, 1)))
+    of_rows = label_level.squares_of_rows(dz_BR, x_BD @ x_BD.T)
+    torch.testing.assert_close(of_rows, whole[clusters_U].square().sum(2).flatten())
+    largest_R = whole[clusters_U].abs().amax(2).flatten()
+    assert (label_level.bound_of_rows(dz_BR, x_BD) >= largest_R * (1 - 1e-6)).all()
 
 
 def test_a_frozen_head_gathers_no_gradients():
