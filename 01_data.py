@@ -492,9 +492,15 @@ class Batch(NamedTuple):
 
 def move(batch: tuple, device: torch.device) -> tuple:
     """A batch of any kind on a device. A field that is None stays None."""
+    to_gpu = torch.device(device).type == "cuda"
     moved = []
     for tensor in batch:
-        moved.append(None if tensor is None else tensor.to(device, non_blocking=True))
+        if tensor is not None:
+            # From pinned memory, which the system never moves, a copy needs nobody to wait for it.
+            if to_gpu:
+                tensor = tensor.pin_memory()
+            tensor = tensor.to(device, non_blocking=True)
+        moved.append(tensor)
     return type(batch)(*moved)
 
 

@@ -326,8 +326,7 @@ class Head(nn.Module):
         """Logits (B, K, F) of the children of each document's clusters."""
         if self.sparse:
             # One product over the clusters that some document of the batch keeps.
-            learns = torch.is_grad_enabled()
-            return ShortlistProduct.apply(x_BD, self.weight, self.bias, clusters_BK, learns)
+            return ShortlistProduct.apply(x_BD, self.weight, self.bias, clusters_BK)
         # One product over all clusters; then each document picks its own.
         logits_BCF = product(x_BD, self.weight, self.bias)
         fan = self.bias.shape[1]

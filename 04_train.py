@@ -428,8 +428,12 @@ def predict_rankings(
         node_P = model.nodes(batch.label_P, t)
         is_kept_P = is_kept_BC[batch.doc_P, node_P]
         # How many of these each document has.
-        found[f"kept {t}"] = torch.bincount(batch.doc_P[is_kept_P], minlength=n_documents)
-    return {key: value.cpu().numpy() for key, value in found.items()}
+        n_kept_B = torch.zeros_like(clusters_BK[:, 0])
+        found[f"kept {t}"] = n_kept_B.index_add_(0, batch.doc_P, is_kept_P.long())
+    # 3. Now, and only now, a GPU has to be waited for.
+    for key, value in found.items():
+        found[key] = value.cpu().numpy()
+    return found
 
 
 def predict_split(

@@ -51,8 +51,8 @@ def touched(clusters_BK: Tensor, n_clusters: int, wait: bool) -> tuple[Tensor | 
 
     Where nearly all occur, None stands for all C clusters, each at the place of its number.
 
-    To count those that occur, one would have to wait for a GPU. Without `wait`, in training, U is
-    the most that there can be, min(B * K, C): the places left over are filled up with others.
+    To count those that occur, one would have to wait for a GPU. Without `wait`, U is the most that
+    there can be, min(B * K, C): the places left over are filled up with others.
     """
     enough = ENOUGH[clusters_BK.device.type] * n_clusters
     if wait:
@@ -114,11 +114,8 @@ class ShortlistProduct(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(
-        ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor, learns: bool = True
-    ) -> Tensor:
-        wait = not (x_BD.is_cuda and learns)
-        clusters_U, place_BK = touched(clusters_BK, len(weight), wait=wait)
+    def forward(ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor) -> Tensor:
+        clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not x_BD.is_cuda)
         fan = weight.shape[1]
         index_BKF = place_BK[..., None].expand(-1, -1, fan)
         ctx.save_for_backward(x_BD, clusters_U, index_BKF)
@@ -152,7 +149,7 @@ class ShortlistProduct(torch.autograd.Function):
             for part, dz_BnF in zip(in_parts(clusters_U, weight), dz_parts, strict=True):
                 weight_RD = weight[part].flatten(0, 1)
                 dx_BD += dz_BnF.flatten(1).to(weight.dtype) @ weight_RD
-        return dx_BD, None, None, None, None
+        return dx_BD, None, None, None
 
 
 def leave(parameter: Tensor, factors: Factors) -> None:
@@ -204,8 +201,9 @@ def squares_of_features(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
 def squares_of_rows(dz_BR: Tensor, between_BB: Tensor) -> Tensor:
     """(R,) squares of the gradient, summed over all features: the same the other way round.
 
-    `between_BB` is x x^T. Where documents nearly cancel, rounding leaves a millionth of what they
-    could add up to. The square root of this is far below the cap of RowAdam, which takes over then.
+    `between_BB` is x x^T. Where documents nearly cancel, rounding leaves a millionth of the square
+    that they could add up to, with TF32 a thousandth. What RowAdam divides by is never so small: it
+    is at least a thirtieth of what they could add up to.
     """
     squares_R = (dz_BR * (between_BB @ dz_BR)).sum(0)
     return squares_R.clamp(min=0)
