@@ -122,7 +122,9 @@ def read(config: Config, drops: Counter) -> Documents:
     if corpus.labels is None:
         print(f"no list of labels: {len(labels):,} names are found in the documents")
 
-    # Which documents are for training, and which for validation and testing.
+    # Which documents are for training, and which for validation and testing. Where the corpus has
+    # no validation split, one is drawn from the training documents first; then --limit draws from
+    # what is left (data/corpus.py).
     documents = Documents(corpus, labels, config.text_limit, drops)
     documents.share_out(config.val, config.limit, np.random.default_rng(config.seed))
     if "val" not in corpus.documents:
@@ -161,9 +163,10 @@ def train_tokenizer(texts: Callable[[], Iterable[str]], vocab: int) -> "PreTrain
         "a lightweight tokeniser for cheminformatics"
         a   lightweight   token ##iser   for   chem ##informatics
 
-    The tokeniser has at most `vocab` pieces, or each character twice (at the start of a word, and
-    within one) where that is more. Accents and other marks are kept: in most languages they tell
-    words apart. `texts` is a function that gives the texts, and it is called twice.
+    Every character is a piece, twice: at the start of a word, and within one. Joined pieces fill
+    the vocabulary up to `vocab`, if the characters leave room. Accents and other marks are kept: in
+    most languages they tell words apart. `texts` is a function that gives the texts, and it is
+    called twice.
     """
     from transformers import PreTrainedTokenizerFast
 
@@ -242,15 +245,17 @@ def train_pieces(
     splitter: pre_tokenizers.PreTokenizer,
 ) -> dict[str, int]:
     """{piece: id}, trained on the texts."""
-    # The trainer numbers the pieces ##a, ##b, ... in the order of a hash table, which differs from
-    # run to run, and breaks ties by these numbers. If we name them beforehand, as if they were
-    # special tokens, then the vocabulary is the same each time.
+    # Two pairs of pieces may stand side by side equally often. Then the trainer joins the pair with
+    # the smaller numbers first, and it numbers ##a, ##b, ... in an order that differs from run to
+    # run. Special tokens get their numbers in the order in which they are given. So we give it ##a,
+    # ##b, ... as special tokens, and the vocabulary is the same each time.
     special = ["[PAD]", "[UNK]", "[CLS]", "[SEP]"]
     within_words = ["##" + character for character in characters]
     trainer = trainers.WordPieceTrainer(
         vocab_size=vocab, special_tokens=special + within_words, show_progress=False
     )
-    # This tokeniser serves for training alone, since it would treat ##a as a special token.
+    # This tokeniser is used for nothing but training: it would find the special token ##a even in a
+    # text that has "##a" in it.
     trained = Tokenizer(models.WordPiece(unk_token="[UNK]"))
     trained.normalizer = normalizer
     trained.pre_tokenizer = splitter
@@ -484,7 +489,9 @@ class Batch(NamedTuple):
     mask_BT: torch.Tensor  # int64, 1 at tokens, 0 at padding
     doc_P: torch.Tensor  # int64, from 0 to B-1
     label_P: torch.Tensor  # int64, from 0 to L-1
-    pooled_BHD: torch.Tensor | None = None  # float16: the encoder's features, if stage 4 has them
+    # float16. Only where stage 4 has run the encoder before: what came out, for each of the H of
+    # its layers that the model reads.
+    pooled_BHD: torch.Tensor | None = None
 
     def to(self, device: torch.device) -> "Batch":
         return move(self, device)

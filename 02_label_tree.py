@@ -30,7 +30,8 @@ every leaf cluster; a slot that is left over holds -1. Eight labels, levels of 2
 Cluster 1 of level 1 has the children 2 and 3 on level 2; cluster 2 of level 2 has the slots 4 and
 5. No table of children is stored anywhere, and the weights of a cluster are one contiguous block.
 
-Left out: other ways to make a tree, clusters of documents, a tree that is learnt (ELIAS).
+Left out: other ways to make a tree, clusters of documents, a tree that is learnt together with the
+model (ELIAS, Gupta et al., NeurIPS 2022).
 Shapes   N documents, L labels, S slots, V words of the vocabulary, C clusters (nodes) of a level,
          B documents of a batch, K clusters kept for a document, F children of each (fan),
          P (document, label) pairs
@@ -140,7 +141,9 @@ def label_features(
     def with_neighbours(part: slice) -> csr_matrix:
         """The same, and a share of the features of labels that occur together with them."""
         together = csr_matrix(Y_LN[part] @ Y_NL)
-        together.setdiag(0, k=part.start)  # a label is not its own neighbour
+        # A label is not its own neighbour. Row 0 of this part is label part.start, so the labels'
+        # own entries stand on the diagonal that begins in that column.
+        together.setdiag(0, k=part.start)
         degree = np.asarray(together.sum(axis=1)).ravel()
         mean_of_neighbours = diags_array(smoothing / np.maximum(degree, 1)) @ together @ Z_LV
         return csr_matrix(Z_LV[part] + mean_of_neighbours)
@@ -222,10 +225,18 @@ def own_columns(Z: csr_matrix, rows: np.ndarray, node_L: np.ndarray) -> csr_matr
     node in its own block, and Z times these sums gives the products of each row with its own node's
     sum.
 
-    Z comes with the columns of the parents' nodes. A left child (node_L even) keeps these columns,
-    and a right child (odd) gets new ones behind them. The columns of a node stand side by side, as
-    its rows do: what a product reads and writes is near in memory, and that is where the speed
-    comes from.
+    Z comes with the columns of the parents' nodes. A left child (node_L even) keeps these columns.
+    In the rows of every right child (odd) all columns move up by the same number, the width of Z,
+    so they are new ones. Two words, and two nodes that are split:
+
+        node   columns before      node   columns after
+        0      0 1 . .             0      0 1 . . . . . .
+        0      0 1 . .             1      . . . . 4 5 . .
+        1      . . 2 3             2      . . 2 3 . . . .
+        1      . . 2 3             3      . . . . . . 6 7
+
+    The columns of a node stand side by side, as its rows do: what a product reads and writes is
+    near in memory, and that is where the speed comes from.
     """
     Z = Z[rows]
     n_columns = Z.shape[1]
@@ -271,9 +282,11 @@ def split_level(
     """
     n = len(node_L)
     gap_L = first_gap(Z, node_L, bounds, rng)
-    # Each row's product with the sum of all rows of its node: the two halves always add up to it.
+    # Each row's product with the sum of all rows of its node (of its node alone: rows of other
+    # nodes have other columns). The sums of the two halves always add up to it.
     to_all_L = Z @ (Z.T @ np.ones(n, Z.dtype))
-    # Where in the new order does the left half of a row's node end?
+    # Rows change places within their node only, so places 0 to L-1 are divided among the nodes as
+    # before. At which place does the left half end, for the node of each place?
     middle_L = halve(bounds)[1::2][node_L]
     is_left_L = np.zeros(n, bool)
     sum_of_left = np.zeros(Z.shape[1], Z.dtype)  # of every node, in the node's own columns
@@ -282,8 +295,7 @@ def split_level(
         #    further apart than any two gaps. row_at_place[i]: the row that stands at place i then.
         apart = 1 + 2 * np.abs(gap_L).max()
         row_at_place = np.argsort(node_L * apart - gap_L)
-        # 2. The better half of each node goes left. Place i belongs to the same node before and
-        #    after the sort, so middle_L fits both.
+        # 2. The better half of each node goes left: the rows whose new place is before its middle.
         was_left_L = is_left_L
         is_left_L = np.zeros(n, bool)
         is_left_L[row_at_place] = np.arange(n) < middle_L
@@ -441,10 +453,9 @@ def expand(parents_BK: Tensor, fan: int) -> Tensor:
 def match(node_P: Tensor, doc_P: Tensor, parents_BK: Tensor, fan: int) -> Tensor:
     """Targets (B, K, fan): 1 where a candidate is one of its document's correct nodes.
 
-    node_P are the correct nodes of this level, doc_P their documents. In the example above, with
-    the parents 1 and 0 and fan 2, the candidates are 2 3 and 0 1. For the correct node 3, the
-    targets are 0 1 and 0 0. A correct node whose parent is not on the shortlist has no place among
-    them.
+    node_P are the correct nodes of this level, doc_P their documents. An example: with the parents
+    1 and 0 and fan 2, the candidates are 2 3 and 0 1. For the correct node 3, the targets are 0 1
+    and 0 0. A correct node whose parent is not on the shortlist has no place among them.
     """
     n_documents, n_parents = parents_BK.shape
     # 1. Where on its document's shortlist is the parent of each correct node?

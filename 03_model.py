@@ -23,9 +23,10 @@ In training, the shortlist is made with the answer at hand ("teacher forcing"): 
 correct label go first. Label 5 is below cluster 1 of level 1 and below cluster 2 of level 2
 (integer divisions by 4 and by 2). So level 1 keeps cluster 1, and level 2 scores clusters 2 and 3.
 Cluster 2 is correct. The other place goes to the wrong cluster that looks best. (Here only cluster
-3 is left. In a real tree it is chosen among hundreds.) It is wrong, and so are its labels 6 and 7:
-these are the hard negatives. Labels 4 to 7 are scored, and the loss asks for a yes at 5, and for a
-no at 4, 6 and 7.
+3 is left. In a real tree it is chosen among hundreds.) Labels 4 to 7 are scored, and the loss asks
+for a yes at 5, and for a no at 4, 6 and 7. These three are hard negatives: wrong labels that are
+easily taken for right, because they stand beside the correct one or below a cluster that looks
+right.
 
 In prediction, nobody knows the answer. Every level keeps what looks most probable: a beam search.
 If level 1 keeps cluster 0, label 5 is lost. The share of correct labels whose clusters were kept is
@@ -47,9 +48,10 @@ together. (Not one number per feature: some encoders have features that are alwa
 
 Left out: ensembles of several trees or encoders, which the paper reports, too; several devices.
 Shapes   B documents of a batch, T tokens, D width of a feature, H hidden states that are read,
-         C clusters of the level above (a head's parents; 1, the root, for the first), F children
-         of each (fan), K of the C kept for a document, M = K F candidates, L labels,
-         P (document, label) pairs, S slots: F places for labels in every last cluster, some empty
+         C clusters of a level; in a head, of the level above, whose children it scores (of the
+         first head: 1, the root), F children of each (fan), K of the C kept for a document,
+         M = K F candidates, L labels, P (document, label) pairs, S slots: F places for labels in
+         every last cluster, some empty
          t counts the levels in the code, from 0, the coarsest; what is printed counts from 1
 """
 
@@ -178,6 +180,7 @@ class Encoder(nn.Module):
             raise UserError(
                 f"--max-len {max_len} > {positions(backbone)} positions of the encoder; lower it"
             )
+        # The library asks a GPU in every batch whether there is padding, and waits: not here.
         self.backbone = without_waiting(backbone)
         self.backbone.pooler = None  # BERT's extra layer on the last hidden state: nothing reads it
         self.pooling = pooling
@@ -266,8 +269,8 @@ def choose_layers(depth: int, n_levels: int) -> list[list[int]]:
     """Which hidden states each level reads, coarse to fine. `depth` is the last hidden state.
 
     The finest level reads the last layer, and every level above it reads one sixth of the depth
-    earlier. The coarsest level reads two neighbouring layers side by side. With 12 layers these are
-    the published settings: 7+8, 10, 12 for three levels and 5+6, 8, 10, 12 for four.
+    earlier. The coarsest level reads two neighbouring layers (--join says how). With 12 layers
+    these are the published settings: 7+8, 10, 12 for three levels and 5+6, 8, 10, 12 for four.
     """
     layers = []
     lowest = min(1, depth)  # the embeddings, number 0, only if there is nothing else
@@ -318,7 +321,8 @@ class Head(nn.Module):
         # Few nodes are right for a document: a probability of 0.02, until stage 4 sets each bias to
         # the frequency of its node.
         self.bias = nn.Parameter(torch.full((n_clusters, fan), -4.0))
-        # From now on, torch raises an error when another optimiser steps over these weights.
+        # From now on torch asks before the step of any optimiser in this process whether such
+        # weights are among its parameters, and raises an error if it is not RowAdam.
         if sparse:
             refuse_other_optimizers()
 
@@ -479,7 +483,11 @@ class Cascade(nn.Module):
             raise UserError(f"--topk {self.topk}: levels {levels} have at most {most} candidates")
 
     def pooled(self, batch: data_stage.Batch, encoder: EncoderProtocol | None = None) -> Tensor:
-        """(B, H, D): the pooled hidden states, of the model's encoder or of another one."""
+        """(B, H, D): the pooled hidden states, of the model's encoder or of another one.
+
+        Another one: variants/xr_transformer.py trains its levels one after the other, and copies
+        the encoder before each.
+        """
         if batch.pooled_BHD is not None:
             return batch.pooled_BHD  # stage 4 computed them before: the heads learn first
         encoder = encoder or self.encoder
@@ -569,7 +577,8 @@ class Cascade(nn.Module):
         """Two tensors: the loss of each level (levels,), which stage 4 adds up, and the surplus ().
 
         Surplus: how many correct nodes found no place in a shortlist, because a document has more
-        of them than the k that its level keeps. The labels below them are not trained in this step.
+        of them than the k that its level keeps. Their children are not scored, so the labels below
+        them are not trained in this step.
         """
         losses = []
         surplus = torch.zeros((), device=batch.ids_BT.device)
@@ -705,7 +714,7 @@ def build(
 
 def run(config: Config) -> None:
     """Walk through one batch of four documents and print every shape."""
-    # 1. What the stages before have made, and the settings that the recipe fills in.
+    # 1. What the stages before have made. What the command does not set, the recipe does.
     data = data_stage.load(config.run)
     tree = tree_stage.load(config.run)
     config = settle(config, RECIPES, data.meta["encoder"])

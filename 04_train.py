@@ -89,7 +89,7 @@ class Config(model_stage.Config):
     )
     accumulate: int = flag(
         1,
-        "batches whose gradients are added up before a step (those of labels take memory)",
+        "batches whose gradients are added up before a step; each of them takes memory",
         positive,
     )
     compile: bool = flag(
@@ -191,7 +191,8 @@ class Training:
             self.dense_parameters.extend(group["params"])
         # fp16 has a small range: the loss is scaled up, so that small gradients do not become 0.
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=config.amp == "fp16")
-        # A training that has gone wrong is stopped, instead of going on for a night.
+        # It is given the losses of every step. It looks at them one step later, when a GPU need not
+        # be waited for, and raises the error if something has gone wrong.
         self.watch = LossWatch(model)
 
         # 2. The schedule.
@@ -208,7 +209,7 @@ class Training:
         self.lr = 0.0  # of the last step
         # 4. For the next progress line: the sum of losses and surplus over `seen` batches. It is
         #    added up on the device, so that no step waits for it before the line is printed.
-        self.sums = torch.zeros((), device=self.device)
+        self.sums = torch.zeros((), device=self.device)  # later (levels + 1,)
         self.seen = 0
 
     def groups(self) -> list[dict]:
@@ -246,12 +247,16 @@ class Training:
         # 2. A batch with a huge gradient must not throw the encoder off: cut the gradient's length.
         self.scaler.unscale_(self.adam)
         norm = torch.nn.utils.clip_grad_norm_(self.dense_parameters, CLIP)
-        self.norm = norm.to(self.device)  # without any gradient it is on the CPU
+        # A model without any dense gradient (heads alone, a tree without clusters) has the norm 0,
+        # on the CPU.
+        self.norm = norm.to(self.device)
         # 3. The step, of the dense parameters and of the label rows.
         self.scaler.step(self.adam)
         if self.row_adam:
-            # Its gradients are no .grad. They wait as factors, multiplied by the scale of fp16:
-            # step() divides by it and uses them up, so there is nothing to zero afterwards.
+            # The gradient of the labels would be as big as their weights, so it is never built.
+            # Backward has left two factors of it at the weights (plumbing/label_level.py). Like the
+            # loss they are multiplied by the scale of fp16: step() divides by it. It also uses them
+            # up, so there is nothing to zero afterwards.
             one = torch.ones((), device=self.device)
             self.row_adam.step(scale=self.scaler.scale(one))
         self.scaler.update()
@@ -368,7 +373,10 @@ def train_one_epoch(
 
 
 def interrupt_if_asked(training: Training, stop: Callable[[], bool]) -> None:
-    """KeyboardInterrupt if stop() says so; a checkpoint has just been saved."""
+    """KeyboardInterrupt if stop() says so; a checkpoint has just been saved.
+
+    What the error says is printed behind "04_train.py: interrupted".
+    """
     if stop():
         step = training.steps_before + training.steps
         raise KeyboardInterrupt(f"; a checkpoint was saved after step {step}; go on with --resume")
@@ -685,13 +693,16 @@ def train_heads(job: Job, state: dict | None) -> None:
     """The heads alone, on the features that the encoder computes once."""
     config = job.config
     data = job.data
-    # The features are not stored: an interrupted phase computes them once more.
+    # 1. The features. They are not stored: an interrupted phase computes them once more, unless
+    #    nothing but its end is left.
     is_over = state and state["epoch"] == config.head_epochs
     if not is_over:
         data = encode(job.model, data, config, job.stop)
+    # 2. Centre and scale. They are among the model's weights, so a checkpoint has brought them.
     if not state:
         center(job.model, data.encoded["train"])
-    # There is no encoder in these steps, and the heads compute in float32.
+    # 3. Train. Batches come with their features now, so the encoder does not run and has no
+    #    gradient, and AdamW leaves alone what has none. The heads compute in float32.
     heads_config = replace(config, epochs=config.head_epochs, lr=config.head_lr, amp="off")
     train_phase(job, "heads", heads_config, data, state, steps_before=0)
 
@@ -731,7 +742,8 @@ def prepare(
     heads_left = config.head_epochs and (not state or state["phase"] == "heads")
     room_for_training(out, model, cache_size(model, data) if heads_left else 0)
 
-    # 4. Which precision is fastest on this device? One batch tells.
+    # 4. Which precision is fastest on this device? With --amp auto, a GPU takes bf16 if it can, and
+    #    a CPU tries one batch both ways.
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
     example = next(batches(0)).to(device)
     model.amp = choose_amp(config.amp, model, example)

@@ -66,7 +66,7 @@ class Config:
     show: int = flag(0, "documents to print with their predicted and true labels", natural)
     k: int = flag(100, "labels to predict for each document", positive)
     exact: bool = flag(
-        False, "also score every label, the oracle of the beam, and write that ranking"
+        False, "also score every label, as a beam that loses nothing would, and write that ranking"
     )
     batch_size: int = flag(128, "documents predicted at a time", positive)
     propensity: str = flag("0.55,1.5", "constants A,B of the propensity model")
@@ -504,6 +504,7 @@ def run(
     # 2. The data, and the model that stage 4 kept.
     data = data_stage.load(config.run)
     model, trained, ranking = train_stage.load(config.run, data, build, train_config)
+    # (A tree without cluster levels has no beam: there every label is scored, and trained, anyway.)
     if config.exact and ranking == "label" and model.topk:
         raise UserError(
             "--exact: validation chose p(label) as the ranking of the beam. It was trained inside "

@@ -1,7 +1,7 @@
 """A CUDA device that is not there: what would a GPU wait for, and how much memory would it need?
 
     python bench/fake_cuda.py                     two steps of training, validation, prediction, ...
-    python bench/fake_cuda.py --plant unique      with a fault planted: it must be found
+    python bench/fake_cuda.py --plant             the same with faults planted: they must be found
 
 Tensors of FakeTensorMode have a shape, a type and a device, and nothing in them. So the scripts of
 this project run on "cuda" without a GPU. Nothing is computed: the modes below watch which
@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
 
 from plumbing import label_level
+from plumbing.label_level import product
 
 ALIVE = []  # what C++ points to must not be collected
 POINTER = ctypes.c_void_p
@@ -58,8 +59,25 @@ def function_that_says(value: int) -> int:
     return ctypes.cast(function, POINTER).value
 
 
+def pinned_torch() -> str:
+    """The version of torch in requirements.txt."""
+    for line in (ROOT / "requirements.txt").read_text().splitlines():
+        if line.startswith("torch=="):
+            return line.removeprefix("torch==").strip()
+    raise SystemExit("requirements.txt pins no version of torch")
+
+
 def install() -> None:
-    """After this, autograd and the optimisers take tensors on "cuda" for what they are."""
+    """After this, autograd and the optimisers take tensors on "cuda" for what they are.
+
+    It writes into torch's own tables, whose places differ between versions: SystemExit unless torch
+    is a CPU build of the version in requirements.txt.
+    """
+    if torch.__version__ != f"{pinned_torch()}+cpu":
+        raise SystemExit(
+            f"torch {torch.__version__}: a CUDA device can be pretended only with the CPU build of "
+            f"torch {pinned_torch()}, the version in requirements.txt"
+        )
     # 1. Autograd wants a guard for the current device. torch has one that does nothing, and puts it
     #    where there is a guard that counts no devices. So we put one there: an object all of whose
     #    methods say 0.
@@ -461,51 +479,59 @@ ALLOWED = {
 }
 
 
-def plant(fault: str) -> None:
-    """Put a fault into the code: to see that it is found."""
-    product = label_level.product
+def with_unique(x_BD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    weight.flatten()[:9].unique()
+    return product(x_BD, weight, bias)
 
-    def with_unique(x_BD, weight, bias):
-        weight.flatten()[:9].unique()
-        return product(x_BD, weight, bias)
 
-    def with_arange(x_BD, weight, bias):
-        everything = torch.arange(len(weight))
-        return product(x_BD, weight[everything], bias)
+def with_arange(x_BD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    everything = torch.arange(len(weight))
+    return product(x_BD, weight[everything], bias)
 
-    def with_item(x_BD, weight, bias):
-        if float(x_BD.sum()) > 1e9:
-            raise RuntimeError("features are too large")
-        return product(x_BD, weight, bias)
 
-    planted = {"unique": with_unique, "arange": with_arange, "item": with_item}
-    label_level.product = planted[fault]
+def with_item(x_BD: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    if float(x_BD.sum()) > 1e9:
+        raise RuntimeError("features are too large")
+    return product(x_BD, weight, bias)
+
+
+# Ways to compute the logits with a fault in them: to see that it is found.
+PLANTED = {"unique": with_unique, "arange": with_arange, "item": with_item}
+# Precision, batches per step, label rows in bf16.
+WAYS = {
+    "bf16": ("bf16", 1, False),
+    "fp16": ("fp16", 1, False),
+    "two batches a step": ("bf16", 2, False),
+    "bf16 rows": ("bf16", 1, True),
+}
+
+
+def report(name: str, way: tuple) -> int:
+    """Print what waits; the number of faults."""
+    faults = 0
+    for part, found in what_waits(*way).items():
+        print(f"{name}, {part}:")
+        for what, times in found.items():
+            is_allowed = what in ALLOWED
+            faults += not is_allowed
+            print(f"    {times:3} x {what}: {ALLOWED[what] if is_allowed else 'A FAULT'}")
+    return faults
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--plant", choices=("unique", "arange", "item"))
+    parser.add_argument("--plant", action="store_true", help="put faults in, one after the other")
     args = parser.parse_args()
     install()
     if args.plant:
-        plant(args.plant)
-    # precision, batches per step, label rows in bf16
-    ways = {
-        "bf16": ("bf16", 1, False),
-        "fp16": ("fp16", 1, False),
-        "two batches a step": ("bf16", 2, False),
-        "bf16 rows": ("bf16", 1, True),
-    }
-    faults = 0
-    for name, way in ways.items():
-        for part, found in what_waits(*way).items():
-            print(f"{name}, {part}:")
-            for what, times in found.items():
-                is_allowed = what in ALLOWED
-                faults += not is_allowed
-                print(f"    {times:3} x {what}: {ALLOWED[what] if is_allowed else 'A FAULT'}")
+        for fault, way_to_compute in PLANTED.items():
+            with mock.patch.object(label_level, "product", way_to_compute):
+                if not report(f"planted {fault}", WAYS["bf16"]):
+                    sys.exit(f"the planted fault '{fault}' was not found")
+        return
+    faults = sum(report(name, way) for name, way in WAYS.items())
     print(f"{faults} faults")
     sys.exit(faults > 0)
 

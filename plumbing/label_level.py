@@ -1,21 +1,25 @@
 """The label level: how it computes its logits, and how its weights learn. Stages 3 and 4 use it.
 
-A label level has millions of weights: labels x width. A batch needs few of them, the clusters on
-its shortlists. So a step should read and write those clusters and nothing else, and it should never
-hold a gradient as big as the layer. This file does both: ShortlistProduct for the logits, RowAdam
-for the step. What they compute is nothing special: 03_model.py has the plain form, and the tests
-compare.
+A label level has millions of weights: labels x width. A batch needs some of them, the clusters on
+its shortlists. So a step should not pay for the others, and it should never hold a gradient as big
+as the layer. This file does both: ShortlistProduct for the logits, RowAdam for the step. What they
+compute is nothing special: 03_model.py has the plain form, and the tests compare.
 
-Forward. U is the number of clusters that any document of the batch keeps. Together they are a small
-dense layer, (U, F, D). One product of the batch's features with it gives the logits (B, U, F), and
-every document picks its own K clusters. This computes some logits that a document did not ask for.
-As soon as shortlists overlap it is still cheaper than gathering weights for every document, which
-would be (B, K, F, D) numbers.
+Forward. The U clusters that the documents of a batch keep are a smaller dense layer, (U, F, D). One
+product of the batch's features with it gives the logits (B, U, F), and every document picks its own
+K clusters. This computes some logits that a document did not ask for. As soon as shortlists overlap
+it is still cheaper than gathering weights for every document, which would be (B, K, F, D) numbers.
+
+How large is U? 64 documents that keep 400 of 65,536 clusters each keep 25,600 together at most, and
+fewer if their shortlists overlap. A CPU counts them. A GPU would have to be waited for, so there U
+is the most that it can be. Where this is nearly everything, as with 768 kept clusters, all clusters
+take part: to read them in order is cheaper than to gather three quarters of them. Whatever takes
+part and was on no shortlist has the gradient 0, and stays as it is.
 
 Backward. Let dz be the gradient of the logits, scattered into (B, U, F). Then
 
-    the gradient of the features is  dz W       one more product with the same small layer
-    the gradient of the weights is   dz^T x     as big as the small layer: it is never built
+    the gradient of the features is  dz W       one more product with the same smaller layer
+    the gradient of the weights is   dz^T x     as big as the smaller layer: it is never built
 
 We keep the two factors dz and x. All that the optimiser wants to know of the gradient follows from
 them, and the step itself is again one product, added to the weights in place, for some clusters at
@@ -24,7 +28,8 @@ their factors are put one below the other.
 
 Left out: several devices; momentum, which would be a second number per weight.
 Shapes   B documents of a batch, D width, C clusters, F children of each (fan), K clusters kept for
-         document, U clusters that take part in the batch, R rows: U x F, or n x F of n clusters
+         document, U clusters that take part in the batch, R rows (labels): U x F, or n x F of n
+         clusters at a time
 """
 
 from collections.abc import Iterator
@@ -119,7 +124,9 @@ class ShortlistProduct(torch.autograd.Function):
         fan = weight.shape[1]
         index_BKF = place_BK[..., None].expand(-1, -1, fan)
         ctx.save_for_backward(x_BD, clusters_U, index_BKF)
-        ctx.parameters = weight, bias  # the parameters themselves, not what autograd saves of them
+        # Not by save_for_backward, which gives back other tensors with the same memory: the factors
+        # must be left at the very parameters that the optimiser holds.
+        ctx.parameters = weight, bias
         logits = [product(x_BD, weight[part], bias[part]) for part in in_parts(clusters_U, weight)]
         # Every document picks the clusters that it asked for.
         logits_BUF = torch.cat(logits, dim=1)
@@ -189,8 +196,8 @@ def put_together(parts: list[Factors], n_clusters: int) -> Factors:
 def squares_of_features(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
     """(D,) squares of the gradient, summed over all rows.
 
-    sum_r (sum_b dz_br x_bd)^2 = sum_bc x_bd (sum_r dz_br dz_cr) x_cd. The product of documents with
-    documents comes first, so the gradient itself is not needed.
+    sum_r (sum_b dz_br x_bd)^2 = sum_ab x_ad (sum_r dz_ar dz_br) x_bd, where a and b are documents.
+    The sum over rows, documents with documents, comes first: the gradient itself is not needed.
     """
     dz_BR = dz_BUF.flatten(1)
     between_BB = dz_BR @ dz_BR.T
@@ -212,7 +219,8 @@ def squares_of_rows(dz_BR: Tensor, between_BB: Tensor) -> Tensor:
 def bound_of_rows(dz_BR: Tensor, x_BD: Tensor) -> Tensor:
     """(R,): no entry of a row of the gradient is larger than this.
 
-    It is the smaller of two bounds, both cheap to compute from the factors:
+    The largest entry itself is known only when the gradient is built. This is the smaller of two
+    bounds that follow from the factors:
 
     |sum_b dz_b x_bd| <= sum_b |dz_b| max_d |x_bd|     sharp if few documents pull at a row
     |sum_b dz_b x_bd| <= |dz| max_d |x_d|, lengths     sharp if many do (Cauchy, Schwarz)
@@ -247,30 +255,33 @@ class RowAdam(torch.optim.Optimizer):
 
         f <- beta f + (1 - beta) sum_rows(g^2)        how large a feature's gradient is
         v <- beta v + (1 - beta) mean_features(g^2)   how large a row's gradient is
-        w <- w - lr (g / sqrt(v f / mean(f)) + decay w)
+        c <- beta c + (1 - beta) 1                    how much of v has come together
+        w <- w - lr (g / sqrt(v / c * f / mean(f)) + decay w)
 
-    f and v are updated first and divide afterwards, so the divisor already contains the gradient of
-    this very step. A gradient that is suddenly large makes its own divisor large. That is why a
-    feature that was always zero, or a row that never had a gradient, may become active without a
-    huge step.
+    v starts at 0, so it is too small in a row's first steps. c is too small by the same factor, and
+    v / c is a true mean over the steps in which the row had a gradient. In f / mean(f) this factor
+    cancels. A row without a gradient keeps its v, c and weights: an empty slot, or a label whose
+    cluster no document keeps.
+
+    f and v are updated first and divide afterwards: the divisor already contains the gradient of
+    this very step. A feature that was always zero and has a gradient now gets f = (1 - beta) g^2 in
+    the same step, and a row in its first step v / c = g^2. So neither takes a huge step.
 
     Two factors are not the whole second moment, though. A row whose gradient stands in features
-    that are small everywhere else would still go far. So the step of every row is capped: no weight
-    moves further than BOUND learning rates. The cap is computed from the factors, which costs
-    little. It looks at what documents could add up to, and in truth they cancel in part, so it also
-    slows down rows that needed no cap.
+    that are small everywhere else would still go far. So the step of every row is capped: what a
+    row is divided by is at least a BOUNDth of the largest entry that its gradient could have. No
+    weight moves further than BOUND learning rates. `bound_of_rows` looks at what the documents
+    could add up to. In truth they cancel in part, so the cap also slows down rows that needed none.
 
-    BOUND must let the rare labels learn. Most gradients of their rows are tiny, until one of the
-    few documents that have the label comes along. Then v is (1 - beta) g^2: the mean weight moves
-    1 / sqrt(1 - beta) = 10 learning rates, and the largest about three times as many. Dense AdamW
-    moves as far, 1 / sqrt(1 - 0.999) = 32, but its momentum spreads it over the steps that follow.
+    BOUND must let the rare labels learn. Take a label that one document in ten thousand has. In
+    nearly all steps the gradient of its row is tiny. Then the document comes along with a gradient
+    g, v / c becomes (1 - beta) g^2 = g^2 / 100, and the row moves 10 learning rates, as the root
+    mean square over its weights. Its largest weight moves about three times as far, as the largest
+    of some hundred random numbers does. 30 lets it. Adam does the same: torch's AdamW, whose second
+    beta is 0.999 if one says nothing, moves a weight 32 learning rates, over the steps to come.
 
     A feature may be dead: zero in every document. FLOOR keeps its scale finite, so that rounding
-    noise is not blown up.
-
-    v starts at 0 and is too small in a row's first steps. c is updated as v is, with 1 in place of
-    the square, so that v / c is a true mean over the steps in which the row had a gradient. Rows
-    without any gradient, such as empty slots, stay as they are. bfloat16 is rounded stochastically.
+    noise is not blown up. bfloat16 is rounded stochastically.
     """
 
     def __init__(self, groups: list[dict], beta: float = 0.99) -> None:
@@ -285,6 +296,7 @@ class RowAdam(torch.optim.Optimizer):
                 parts = weight.__dict__.pop("factors", [])
                 if parts:
                     clusters_U, dz_BUF, x_BD = put_together(parts, len(weight))
+                    # One factor divided by the scale is the whole gradient divided by it.
                     gradient = Factors(clusters_U, dz_BUF, x_BD / scale)
                     self.update(weight, gradient, group["lr"], group["weight_decay"])
 
@@ -307,9 +319,10 @@ class RowAdam(torch.optim.Optimizer):
         dz_parts = dz_BUF.split(chunk_of(weight), 1)
         for part, dz_BnF in zip(in_parts(clusters_U, weight), dz_parts, strict=True):
             dz_BR = dz_BnF.flatten(1)
-            # 2. The second moment of the rows. A row without a gradient keeps its history.
+            # 2. The second moment of the rows. lerp_ moves v towards the square and c towards 1, by
+            #    1 - beta of the way; not at all in a row without a gradient.
             square_R = squares_of_rows(dz_BR, between_BB) / width
-            here_R = (square_R > 0).float()
+            here_R = (square_R > 0).float()  # 1 in rows with a gradient
             vc_R2 = state["rows"][part].view(-1, 2)
             now_R2 = torch.stack([square_R, here_R], 1)
             vc_R2.lerp_(now_R2, (1 - self.beta) * here_R[:, None])
@@ -319,7 +332,8 @@ class RowAdam(torch.optim.Optimizer):
             size_R = (v_R / c_R.clamp(min=1e-12)).sqrt()
             size_R = torch.maximum(size_R, bound_of_rows(dz_BR, scaled_BD) / BOUND) + 1e-12
 
-            # 4. The step: decay, and one product in place.
+            # 4. The step: decay, and one product in place. The gradient dz^T x, with what its rows
+            #    are divided by at the factor dz, and what its features are divided by at x.
             w_RD = weight[part].float().view(-1, width)
             w_RD.mul_(1 - lr * decay * here_R[:, None])
             step_BR = dz_BR * (lr * here_R / size_R)
@@ -336,6 +350,7 @@ class RowAdam(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state, and keep its numbers float32 where the weights are bfloat16."""
         super().load_state_dict(state_dict)  # this turns everything into the weights' type
+        # It also fills self.state in the order of the saved one.
         for weight, saved in zip(self.state, state_dict["state"].values(), strict=True):
             self.state[weight] = {key: value.to(weight.device) for key, value in saved.items()}
 
