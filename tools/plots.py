@@ -58,8 +58,8 @@ def read_log(path: Path) -> tuple[list[dict], list[dict], dict]:
 
     UserError if it has no epoch.
     """
-    # The epoch that stage 4 kept has the largest sum of P@1, P@3 and P@5. P@k is the share of correct
-    # labels among the first k.
+    # The epoch that stage 4 kept has the largest sum of P@1, P@3 and P@5. P@k is the share of
+    # correct labels among the first k.
     try:
         records = [json.loads(line) for line in path.read_text().splitlines()]
         epochs = [record for record in records if "validation" in record]
@@ -101,8 +101,8 @@ def treemap(weight_C: np.ndarray, x: float, y: float, w: float, h: float) -> lis
     # 2. Two halves of the clusters, and the first one's share of the area.
     one, two = np.split(weight_C, [len(weight_C) // 2])
     share = one.sum() / max(1, weight_C.sum())
-    # 3. Cells shall be wider than tall, because names are. So a rectangle is cut into left and right
-    #    only if it is more than twice as wide as it is tall.
+    # 3. Cells shall be wider than tall, because names are. So a rectangle is cut into left and
+    #    right only if it is more than twice as wide as it is tall.
     if w > 2 * h:
         left = treemap(one, x, y, w * share, h)
         right = treemap(two, x + w * share, y, w * (1 - share), h)
