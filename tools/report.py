@@ -20,6 +20,7 @@ Shapes   N documents, L labels, k labels predicted, P (document, label) pairs, G
 """
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -116,6 +117,41 @@ def frequency_class(count_L: np.ndarray) -> np.ndarray:
     return 3 - n_limits_L
 
 
+def summed_by_class(
+    doc_G: np.ndarray,
+    place_G: np.ndarray,
+    label_G: np.ndarray,
+    gain_G: np.ndarray | None = None,
+    norm_kk: np.ndarray | int = 1,
+    *,
+    n_N: np.ndarray,
+    class_L: np.ndarray,
+    k: int,
+    n_classes: int,
+) -> np.ndarray:
+    """(Q, k): the gains of predictions at rank <= j, summed per class, in percent.
+
+    A gain is 1 where gain_G is None. Before the sum over documents it is divided by
+    norm_kk[n - 1, j - 1], where n is the number of labels of its document. In plain form:
+
+        for each prediction: document, place, label, gain
+            n = min(labels of the document, k)
+            for rank j = place + 1, ..., k
+                result[class of the label, j - 1] += 100 * gain / norm_kk[n - 1, j - 1]
+    """
+    # 1. Add up the gains by class, by the number of labels of the document (more than k count as
+    #    k), and by rank. The three together are the number of a cell.
+    n_labels_G = np.minimum(n_N[doc_G], k)
+    row_G = class_L[label_G] * k + n_labels_G - 1
+    cell_G = row_G * k + place_G
+    gain_of_cell = np.bincount(cell_G, gain_G, n_classes * k * k)
+    gain_Qkk = gain_of_cell.reshape(n_classes, k, k)
+    # 2. A prediction is among the first j for its own rank j and for all behind it.
+    up_to_rank = gain_Qkk.cumsum(axis=2)
+    # 3. Divide, and add up the documents with different numbers of labels.
+    return 100 * (up_to_rank / norm_kk).sum(axis=1)
+
+
 @np.errstate(invalid="ignore")  # 0 / 0 is nan, printed as a dash
 def by_frequency(
     labels_Nk: np.ndarray,
@@ -129,11 +165,11 @@ def by_frequency(
 
     All are over documents with labels. R is of the labels of a class, over the documents that have
     some. The others say what the correct predictions of a class contribute: the classes add up to
-    the metric of all labels. RP divides P's sums by the most that could be correct, min(j, labels).
-    DCG is a sum in which a correct label at rank r counts 1 / log2(r + 1). PSnDCG takes each
-    document's DCG with weights, over its best possible DCG without. This is summed over the
-    documents, and divided by the same sum of the best ranking, as in the XMC repository's scripts
-    (pyxclib).
+    the metric of all labels. Where P divides by j, RP divides by the most labels that could be
+    correct, min(j, labels of the document). DCG is a sum in which a correct label at rank r counts
+    1 / log2(r + 1). PSnDCG takes each document's DCG with weights, over its best possible DCG
+    without. This is summed over the documents, and divided by the same sum of the best ranking, as
+    in the XMC repository's scripts (pyxclib).
     """
     # 1. What the metrics divide by. For a document with n labels, at rank j: the smaller of the
     #    two, and the best possible DCG, of that many correct labels at the first ranks.
@@ -144,36 +180,8 @@ def by_frequency(
     discount_k = 1 / np.log2(rank_k + 1)
     smaller_kk = np.minimum(rank_k[:, None], rank_k)
     ideal_kk = discount_k.cumsum()[smaller_kk - 1]
-
-    def total(
-        doc_G: np.ndarray,
-        place_G: np.ndarray,
-        label_G: np.ndarray,
-        gain_G: np.ndarray | None = None,
-        norm_kk: np.ndarray | int = 1,
-    ) -> np.ndarray:
-        """(Q, k): the gains of predictions at rank <= j, summed per class, in percent.
-
-        A gain is 1 where gain_G is None. Before the sum over documents it is divided by
-        norm_kk[n - 1, j - 1], where n is the number of labels of its document.
-
-        In plain form:
-
-            for each prediction: document, place, label, gain
-                n = min(labels of the document, k)
-                for rank j = place + 1, ..., k
-                    result[class of the label, j - 1] += 100 * gain / norm_kk[n - 1, j - 1]
-        """
-        # One count of all gains, by class, by the number of labels of the document (more than k
-        # count as k), and by rank. The three together are one number.
-        n_labels_G = np.minimum(n_N[doc_G], k)
-        row_G = class_L[label_G] * k + n_labels_G - 1
-        cell_G = row_G * k + place_G
-        gain_of_cell = np.bincount(cell_G, gain_G, n_classes * k * k)
-        gain_Qkk = gain_of_cell.reshape(n_classes, k, k)
-        # A prediction at some rank is among the first j for this rank and all behind it.
-        up_to_rank = gain_Qkk.cumsum(axis=2)
-        return 100 * (up_to_rank / norm_kk).sum(axis=1)
+    # The same in all sums.
+    total = partial(summed_by_class, n_N=n_N, class_L=class_L, k=k, n_classes=n_classes)
 
     # 2. The correct predictions: document, place in the ranking, label.
     doc_G, place_G = np.nonzero(correct_Nk)
