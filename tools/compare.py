@@ -8,6 +8,10 @@ Reads    RUN/data.npz and RUN/predictions.npz of each run; with --split val, RUN
 Writes   with --ensemble, a run folder: OUT/predictions.npz, and OUT/data.npz, a link to the first
          run's
 
+P@k is the share of correct labels among the first k, R@k the share of a document's labels that are
+among the first k, nDCG@k a sum in which early ranks count more, and PSP@k a P@k in which rare
+labels count more. 05_eval.py has the formulas.
+
 All runs must have predicted the same documents with the same true and known labels; only their
 tokens may differ. Metrics are in percent, over the documents that have labels. PSP takes its
 weights from the training labels of the first run. A dash: fewer labels were predicted than the
@@ -106,13 +110,16 @@ class Member:
 def load_predictions(path: Path, split: str, n_documents: int, n_labels: int) -> Member:
     """What a run has predicted for a split. UserError unless it is as in docs/artifacts.md."""
     arrays, meta = load_npz(path)
+    # 1. The right split?
     of = meta["config"].get("split")
     if of != split:
         raise UserError(f"{path} is for the split {of}, expected {split}; predict that again")
+    # 2. Two tables of the same shape, with a row for each document? The labels are integers.
     labels = arrays.get("labels", np.zeros(0))
     scores = arrays.get("scores", np.zeros(0))
     has_shape = labels.ndim == 2 and labels.shape == scores.shape and len(labels) == n_documents
     fits = has_shape and labels.dtype.kind == "i"
+    # 3. Label ids and probabilities? Rounding may bring one a little above 1.
     if fits:
         are_labels = (labels >= -1) & (labels < n_labels)
         are_probabilities = (scores >= 0) & (scores < 1.001)
@@ -130,6 +137,7 @@ def load_truth(folder: str, split_name: str) -> Truth:
     """The true labels of a run's documents."""
     data = stages.data.load(folder)
     train = data.splits["train"]
+    # The table of labels known beforehand, as bytes that can be compared.
     known = data.known.get(split_name)
     if known is not None:
         known = (known.indices.tobytes(), known.indptr.tobytes())
@@ -140,6 +148,7 @@ def load_truth(folder: str, split_name: str) -> Truth:
 
 def check_same(first: Truth, other: Truth, split_name: str) -> None:
     """UserError unless two runs had the same documents to predict, under the same conditions."""
+    # Tokens may differ, so documents are told by their labels.
     same_names = first.names == other.names
     same_labels = np.array_equal(first.split.labels, other.split.labels)
     same_offsets = np.array_equal(first.split.label_offsets, other.split.label_offsets)
@@ -172,6 +181,7 @@ def contributions(
     """
     parts = []
     for start in range(0, len(split), CHUNK):
+        # Some documents as a split of their own: its label offsets begin at 0.
         offsets = split.label_offsets[start : start + CHUNK + 1]
         labels = split.labels[offsets[0] : offsets[-1]]
         chunk = stages.data.Split(split.ids, offsets, labels, offsets - offsets[0])
@@ -188,10 +198,12 @@ def contributions_of_chunk(
     hit_Bk = stages.train.hits(labels_Bk, chunk)
     n_B = np.diff(chunk.label_offsets)
     k = hit_Bk.shape[1]
+    # A correct label counts 1 at rank 1, and less and less below it.
     discount_5 = 1 / np.log2(np.arange(2, 7))
-    best_dcg_by_number = np.append(
-        1, discount_5.cumsum()
-    )  # for 0, 1, ..., 5 labels; 0: anything but 0
+    # The best possible DCG of a document with 0, 1, ..., 5 labels. With 0 labels its DCG is 0, and
+    # may be divided by anything but 0.
+    best_dcg_by_number = np.append(1, discount_5.cumsum())
+    best_dcg_B = best_dcg_by_number[np.minimum(n_B, 5)]
     columns = []
     for name, j in COLUMNS:
         if j > k:
@@ -203,9 +215,10 @@ def contributions_of_chunk(
         elif name == "R":
             column = hit_Bj.sum(axis=1) / np.maximum(n_B, 1)
         elif name == "nDCG":
-            column = (hit_Bj * discount_5[:j]).sum(axis=1) / best_dcg_by_number[np.minimum(n_B, 5)]
-        else:  # PSP
-            column = (hit_Bj * weight_L[labels_Bk[:, :j]]).sum(axis=1)
+            column = (hit_Bj * discount_5[:j]).sum(axis=1) / best_dcg_B
+        else:  # PSP: its division comes after the sum over documents
+            weight_Bj = weight_L[labels_Bk[:, :j]]
+            column = (hit_Bj * weight_Bj).sum(axis=1)
         columns.append(column)
     best_psp = stages.eval.best_weights(chunk, weight_L, 5).sum(axis=1)
     return np.stack([*columns, best_psp], axis=1)
@@ -213,16 +226,22 @@ def contributions_of_chunk(
 
 def percent(sums: np.ndarray, n: int) -> np.ndarray:
     """(..., Q) metrics in percent from sums (..., Q + 1) over n documents."""
+    # A mean over the documents; PSP alone is divided by the best possible sum of weights.
     best_psp = sums[..., -1:]
     return 100 * sums[..., :-1] / np.where(IS_PSP, best_psp, n)
 
 
 def bootstrap(added_NQ: np.ndarray, seed: int, resamples: int = 1000) -> np.ndarray:
-    """(R, Q) metrics in percent in resamples of the documents, from what the documents add (N, Q +
-    1).
+    """(R, Q) metrics in percent in resamples of the documents, from what the documents add,
+    (N, Q + 1).
 
-    A resample is how often each document was drawn, N draws in all. So its sums are one product
-    with what the documents add.
+    In plain form, for each resample:
+
+        drawn = N documents at random, with replacement
+        percent(added_NQ[drawn].sum(axis=0), N)
+
+    To know a resample is to know how often each document was drawn. So its sums are a product of
+    these numbers with what the documents add, and many resamples are one product of matrices.
     """
     rng = np.random.default_rng(seed)
     n = len(added_NQ)
@@ -233,7 +252,8 @@ def bootstrap(added_NQ: np.ndarray, seed: int, resamples: int = 1000) -> np.ndar
         drawn_RN = rng.integers(n, size=(r, n))
         # Count the draws of all resamples at once: every resample has n numbers of its own.
         cell_RN = drawn_RN + n * np.arange(r)[:, None]
-        times_RN = np.bincount(cell_RN.ravel(), minlength=r * n).reshape(r, n)
+        times = np.bincount(cell_RN.ravel(), minlength=r * n)
+        times_RN = times.reshape(r, n)
         sums.append(times_RN.astype(np.float64) @ added_NQ)
     return percent(np.concatenate(sums), n)
 
@@ -248,6 +268,7 @@ def ensemble(members: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
     labels = []
     scores = []
     for start in range(0, n_documents, CHUNK):
+        # The predictions of all members side by side: a label may come several times.
         part = slice(start, start + CHUNK)
         labels_BM = np.concatenate([member["labels"][part] for member in members], axis=1)
         scores_BM = np.concatenate([member["scores"][part] for member in members], axis=1)
@@ -260,19 +281,29 @@ def ensemble(members: list[dict[str, np.ndarray]]) -> dict[str, np.ndarray]:
 def mean_scores(
     labels_BM: np.ndarray, scores_BM: np.ndarray, n_members: int, k: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """The k best labels of each document by their mean score; every label comes once."""
+    """The k best labels of each document by their mean score; every label comes once.
+
+    In plain form, for each document:
+
+        total = {}
+        for label, score in its labels and scores, without those of label -1:
+            total[label] = total.get(label, 0) + score
+        the k labels with the largest total / n_members
+    """
     # 1. Sort by label: the scores of one label stand side by side.
     order = labels_BM.argsort(axis=1, kind="stable")
     labels_BM = np.take_along_axis(labels_BM, order, axis=1)
     scores_BM = np.take_along_axis(scores_BM, order, axis=1)
+    # A label begins where it differs from its left neighbour, and in the first place: none is -2.
     is_first_BM = np.diff(labels_BM, axis=1, prepend=-2) > 0
     # 2. Sum them up, from where a label begins to where the next one begins.
     sums = np.add.reduceat(scores_BM.ravel().astype(np.float64), np.flatnonzero(is_first_BM))
     mean_BM = np.zeros(labels_BM.shape)
     mean_BM[is_first_BM] = sums / n_members
-    # 3. Repeats, and places without a label, go below every score.
+    # 3. The mean stands where a label begins. Repeats, and places without a label, go below every
+    #    score.
     mean_BM[~is_first_BM | (labels_BM < 0)] = -1
-    # 4. The k best.
+    # 4. The k best. Of equal scores the smaller label goes first: they are sorted by label.
     best = (-mean_BM).argsort(axis=1, kind="stable")[:, :k]
     mean_Bk = np.take_along_axis(mean_BM, best, axis=1)
     labels_Bk = np.take_along_axis(labels_BM, best, axis=1)
@@ -282,6 +313,7 @@ def mean_scores(
 
 def prepare(config: Config, file: str, n_bytes: int) -> None:
     """The ensemble's folder with the data in it. UserError if it holds what is no ensemble's."""
+    # 1. Never write over what is no ensemble's: a run would lose its own predictions.
     source = Path(config.runs[0]) / "data.npz"
     out = Path(config.out)
     is_a_member = out.resolve() in [Path(folder).resolve() for folder in config.runs]
@@ -292,20 +324,29 @@ def prepare(config: Config, file: str, n_bytes: int) -> None:
             f"--out {out} holds a model or predictions that are no ensemble's; choose another "
             "folder"
         )
+    # 2. The data, so that the folder is a run folder for the other tools. A link may turn out to be
+    #    a copy, so there must be room for it.
     need_space(out, n_bytes + source.stat().st_size)
     if not (out / "data.npz").exists():
         link(source, out / "data.npz")
-    if load_npz(out / "data.npz")[1]["sha256"] != load_npz(source)[1]["sha256"]:
+    # 3. Data that was there before must be the same.
+    _, in_folder = load_npz(out / "data.npz")
+    _, in_run = load_npz(source)
+    if in_folder["sha256"] != in_run["sha256"]:
         raise UserError(f"{out / 'data.npz'} is not that of {config.runs[0]}; choose another --out")
 
 
 def write_ensemble(config: Config, file: str, members: list[Member]) -> np.ndarray:
     """Write the ensemble's predictions; its labels (N, k)."""
+    # 1. A warning: p(label) of one run and p(label) p(cluster) of another are no like numbers.
     rankings = {member.ranking for member in members}
     if len(rankings) > 1:
         names = ", ".join(sorted(rankings))
         print(f"note: the runs are ranked by {names}; their scores mean different things")
-    prepare(config, file, 2 * max(member.scores_Nk.nbytes for member in members))
+    # 2. The folder. Labels and scores take four bytes each.
+    n_bytes = 2 * max(member.scores_Nk.nbytes for member in members)
+    prepare(config, file, n_bytes)
+    # 3. The mean, and a record of the runs that it was made of.
     predictions = [{"labels": member.labels_Nk, "scores": member.scores_Nk} for member in members]
     arrays = ensemble(predictions)
     save_npz(
@@ -330,7 +371,10 @@ def difference(added: list[np.ndarray], values: np.ndarray, seed: int) -> dict[s
     best_psp = added[0][:, -1]
     drawn = bootstrap(np.column_stack([minus, best_psp]), seed)
     low, high = np.quantile(drawn, (0.025, 0.975), axis=0)
-    is_better = 50 + 50 * np.sign(drawn.round(9)).mean(axis=0)
+    # 1 where the second is better, -1 where the first is, 0 for a tie: from -1 to 1 on average, and
+    # from 0 to 100 in percent. Differences behind the ninth digit are rounding.
+    sign = np.sign(drawn.round(9))
+    is_better = 50 + 50 * sign.mean(axis=0)
     return {
         "second - first": values[1] - values[0],
         "  95% interval: from": low,
@@ -356,13 +400,14 @@ def print_row(name: str, values: np.ndarray) -> None:
 
 
 def run(config: Config) -> None:
+    # 1. Refuse what makes no sense.
     if len(config.runs) < 2:
         raise UserError(f"{config.runs[0]} is only one run; name two or more")
     if config.ensemble != bool(config.out):
         raise UserError("--ensemble and --out FOLDER go together; give both or none")
     file = stages.eval.file_of(config.split)
 
-    # Look at one run after the other. Only an ensemble needs the predictions of all at once.
+    # 2. Look at one run after the other. Only an ensemble needs the predictions of all at once.
     first = None
     members = []
     added = []
@@ -370,9 +415,8 @@ def run(config: Config) -> None:
         truth = load_truth(folder, config.split)
         first = first or truth
         check_same(first, truth, config.split)
-        member = load_predictions(
-            Path(folder) / file, config.split, len(truth.split), len(truth.names)
-        )
+        path = Path(folder) / file
+        member = load_predictions(path, config.split, len(truth.split), len(truth.names))
         added.append(contributions(member.labels_Nk, truth.split, first.weight_L))
         if config.ensemble:
             members.append(member)
@@ -384,6 +428,7 @@ def run(config: Config) -> None:
         )
     values = np.array([percent(one.sum(axis=0), n) for one in added])
 
+    # 3. What is said of all of them together.
     if config.ensemble:
         labels_Nk = write_ensemble(config, file, members)
         of_ensemble = contributions(labels_Nk, first.split, first.weight_L)
@@ -393,11 +438,13 @@ def run(config: Config) -> None:
     else:
         more = spread(values)
 
+    # 4. The table.
     n_unlabelled = len(first.split) - n
     print(
         f"{config.split}: {n:,} documents with labels; {n_unlabelled:,} without labels are left out"
     )
-    print(f"{'%':34}" + "".join(f"{f'{name}@{j}':>8}" for name, j in COLUMNS))
+    titles = [f"{name}@{j}" for name, j in COLUMNS]
+    print(f"{'%':34}" + "".join(f"{title:>8}" for title in titles))
     for folder, values_Q in zip(config.runs, values, strict=True):
         print_row(folder, values_Q)
     for name, values_Q in more.items():

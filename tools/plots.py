@@ -58,6 +58,8 @@ def read_log(path: Path) -> tuple[list[dict], list[dict], dict]:
 
     UserError if it has no epoch.
     """
+    # The epoch that stage 4 kept has the largest sum of P@1, P@3 and P@5. P@k is the share of
+    # correct labels among the first k.
     try:
         records = [json.loads(line) for line in path.read_text().splitlines()]
         epochs = [record for record in records if "validation" in record]
@@ -81,7 +83,8 @@ def found_by_class(
     class_L: np.ndarray, n_classes: int, labels_Nk: np.ndarray, split: Any
 ) -> np.ndarray:
     """(2, n_classes): correct labels of all documents per class, and how many were predicted."""
-    found = labels_Nk[stages.train.hits(labels_Nk, split)]
+    is_hit_Nk = stages.train.hits(labels_Nk, split)
+    found = labels_Nk[is_hit_Nk]  # the correct predictions of all documents, in one row
     n_correct = np.bincount(class_L[split.labels], minlength=n_classes)
     n_found = np.bincount(class_L[found], minlength=n_classes)
     return np.stack([n_correct, n_found])
@@ -92,11 +95,14 @@ def treemap(weight_C: np.ndarray, x: float, y: float, w: float, h: float) -> lis
 
     The plane is halved as the label tree is, so clusters that are related lie side by side.
     """
+    # 1. A single cluster takes the whole rectangle.
     if len(weight_C) == 1:
         return [(x, y, w, h)]
+    # 2. Two halves of the clusters, and the first one's share of the area.
     one, two = np.split(weight_C, [len(weight_C) // 2])
     share = one.sum() / max(1, weight_C.sum())
-    # Cells shall be wider than tall, because names are.
+    # 3. Cells shall be wider than tall, because names are. So a rectangle is cut into left and
+    #    right only if it is more than twice as wide as it is tall.
     if w > 2 * h:
         left = treemap(one, x, y, w * share, h)
         right = treemap(two, x + w * share, y, w * (1 - share), h)
@@ -112,15 +118,12 @@ def treemap(weight_C: np.ndarray, x: float, y: float, w: float, h: float) -> lis
 def plot(axis: Any, x: Any, lines: dict[str, Any], xlabel: str, ylabel: str, **more) -> None:
     """Lines over a common x, the first on top, with the legend above the data, not over it."""
     for i, (name, y) in enumerate(lines.items()):
-        axis.plot(
-            x,
-            y,
-            color=COLORS[i % len(COLORS)],
-            marker=MARKERS[i % len(MARKERS)] if len(y) < 99 else "",
-            markersize=4,
-            label=name,
-            zorder=9 - i,
-        )
+        # Colours and markers are used in turn. A hundred markers would hide their line.
+        color = COLORS[i % len(COLORS)]
+        marker = MARKERS[i % len(MARKERS)]
+        if len(y) >= 99:
+            marker = ""
+        axis.plot(x, y, color=color, marker=marker, markersize=4, label=name, zorder=9 - i)
     axis.set(xlabel=xlabel, ylabel=ylabel, **more)
     axis.grid(alpha=0.3)
     axis.legend(loc="lower left", bbox_to_anchor=(-0.01, 0.98), ncols=4, frameon=False)
@@ -166,15 +169,20 @@ def draw_funnel(figure: Any, counts: list[int], topk: list[int], recall: list[fl
     counts: nodes per level, the slots of labels last. topk: clusters kept per cluster level.
     recall: correct labels (%) below the clusters kept, per cluster level.
     """
+    # 1. How many nodes of a level are scored: the children of the clusters kept one level up.
+    #    Everything begins at the root, one node.
     nodes = np.array([1, *counts])
     fans = nodes[1:] // nodes[:-1]
-    scored = np.array([1, *topk]) * fans  # the children of the clusters kept one level up
+    scored = np.array([1, *topk]) * fans
+    # 2. A correct label is among them if its cluster was kept one level up. The root always is.
     reach = [100, *recall]
+    # 3. What stands below each level.
     kinds = [f"clusters: {k:,} kept" for k in topk]
     kinds.append("labels")
     ticks = []
     for kind, m, n, share in zip(kinds, scored, counts, reach, strict=True):
         ticks.append(f"{kind}\n{m:,} of {n:,} scored\n{share:.1f}% of the correct labels")
+    # 4. The two lines.
     shares = {"correct labels among those scored": reach, "nodes scored": 100 * scored / counts}
     rows = range(len(counts))
     settings = {"ylim": (0, 105), "xticks": rows, "xticklabels": ticks}
@@ -193,8 +201,9 @@ def draw_frequency(
     count_L: training documents of each label. systems: {name: labels (N, k), best first}.
     """
     upper, lower = figure.subplots(2, sharex=True)
+    # Only the classes that have labels are drawn.
     class_L = class_of(count_L)
-    here_M, n_labels_M = np.unique(class_L, return_counts=True)  # the classes that have labels
+    here_M, n_labels_M = np.unique(class_L, return_counts=True)
     has_labels_N = np.diff(split.label_offsets) > 0
     n_documents = max(1, has_labels_N.sum())
     recall = {}
@@ -204,19 +213,23 @@ def draw_frequency(
         by_class = found_by_class(class_L, len(CLASSES), labels_Nk[:, :FIRST], split)
         correct_M, found_M = by_class[:, here_M]
         share = 100 * found_M.sum() / max(1, correct_M.sum())
-        one_or_none_M = np.where(correct_M, correct_M, np.nan)  # no correct label: a gap
+        # Where a class has no correct label there is no share: a gap in the line.
+        one_or_none_M = np.where(correct_M, correct_M, np.nan)
         recall[f"{name}: {share:.1f}%"] = 100 * found_M / one_or_none_M
 
         # 2. Of the first predictions that are a label of the class: the share that is correct.
         by_class = found_by_class(class_L, len(CLASSES), labels_Nk[:, :1], split)
         right_M = by_class[1, here_M]
         first_N = labels_Nk[has_labels_N, 0]
-        predicted = np.bincount(class_L[first_N[first_N >= 0]], minlength=len(CLASSES))
+        first_labels = first_N[first_N >= 0]
+        predicted = np.bincount(class_L[first_labels], minlength=len(CLASSES))
         predicted_M = predicted[here_M]
+        # All classes together are P@1.
         p1 = 100 * right_M.sum() / n_documents
         enough_M = np.where(predicted_M < FEW, np.nan, predicted_M)
         precision[f"{name}: {p1:.1f}%"] = 100 * right_M / enough_M
 
+    # 3. Below a class: its name, its labels, and how often one of them is correct.
     ticks = []
     for m, n, times in zip(here_M, n_labels_M, correct_M, strict=True):
         ticks.append(f"{CLASSES[m]}\n{n:,}\n{times:,}")
@@ -227,9 +240,11 @@ def draw_frequency(
         "rows: training documents of a label, number of such labels, "
         "how often one of them is correct"
     )
+    # 4. One picture above the other, over the same classes.
     plot(upper, rows, recall, "", found_label, ylim=(0, None))
     settings = {"ylim": (0, None), "xticks": rows, "xticklabels": ticks}
     plot(lower, rows, precision, legend, first_label, **settings)
+    # The title says the figures of the first system, the run itself.
     best_recall = next(iter(recall))
     best_precision = next(iter(precision))
     return f"correct labels found in the first {FIRST}: {best_recall}; P@1: {best_precision}"
@@ -239,6 +254,7 @@ def draw_coverage(figure: Any, score_N: np.ndarray, right_N: np.ndarray) -> str:
     """Precision of first predictions, surest first. A score of -1 means: none."""
     axis = figure.subplots()
     share_M, right_M = report.precision_coverage(score_N, right_N)
+    # For how many documents are 95 or 90 in 100 of the first labels right?
     said = []
     for target, color in ((95, COLORS[1]), (90, COLORS[2])):
         _, covered = report.coverage(score_N, right_N, target / 100)
@@ -252,10 +268,13 @@ def draw_coverage(figure: Any, score_N: np.ndarray, right_N: np.ndarray) -> str:
 def draw_reliability(figure: Any, score_N: np.ndarray, right_N: np.ndarray) -> str:
     """Mean score against the share correct, in bins of about equally many documents."""
     upper, lower = figure.subplots(2, sharex=True, height_ratios=(3, 1))
+    # 1. If scores were probabilities, all points would be on the diagonal: of the first labels with
+    #    a score of 0.8, eight in ten would be right.
     *_, score, share = report.reliability(score_N, right_N)
     upper.plot((0, 1), (0, 1), ":", color="black", label="as scores say")
     line = {f"first labels, {len(score)} bins of about equal size": share}
     plot(upper, score, line, "", "share right", ylim=(-0.02, 1.02))
+    # 2. How many documents have such a score.
     _, _, bars = lower.hist(score_N, np.linspace(0, 1, 11), rwidth=0.9, color="#999999")
     lower.bar_label(bars, fmt="{:,.0f}")
     lower.set(xlabel="score", ylabel="documents", xlim=(-0.02, 1.02), ymargin=0.3)
@@ -273,15 +292,18 @@ def draw_tree(
     """
     axis = figure.subplots(subplot_kw={"xticks": [], "yticks": []})
     share_C = 100 * found_C / np.maximum(pairs_C, 1)
-    scale = axis.scatter([], [], c=[], cmap="cividis", vmin=0, vmax=100)  # safe for colour-blind
+    # A scatter plot of nothing: it brings the scale of colours, safe for colour-blind readers.
+    scale = axis.scatter([], [], c=[], cmap="cividis", vmin=0, vmax=100)
     label = f"correct labels found in the first {FIRST}, %"
     figure.colorbar(scale, label=label, pad=0.01, aspect=40)
-    figure.draw_without_rendering()  # lays out: from here on the axis has its size
+    # This lays the figure out. From here on the axis has its size.
+    figure.draw_without_rendering()
 
     # 1. The cells, measured in points, as letters are.
     points_per_pixel = 72 / figure.dpi
     width, height = axis.get_window_extent().size * points_per_pixel
-    x, y, w, h = np.array(treemap(pairs_C, 0, 0, width, height)).T
+    rectangles_C4 = np.array(treemap(pairs_C, 0, 0, width, height))
+    x, y, w, h = rectangles_C4.T
     cells = axis.bar(
         x,
         h,
@@ -298,14 +320,18 @@ def draw_tree(
     lines_C = (h / 9.8).astype(int)
     named = np.flatnonzero((letters_C > 8) & (lines_C > 1))
     for i in named:
+        # The last line is for the figures.
         names = names_C[i][: lines_C[i] - 1]
         names = [*names, f"{share_C[i]:.0f}% of {pairs_C[i]:,}"]
         text = "\n".join(shortened(name, letters_C[i]) for name in names)
+        # Large shares have bright colours.
         color = "black" if share_C[i] > 50 else "white"
         drawn = axis.text(
             x[i] + 2, y[i] + 2, text, fontsize=7.5, va="top", parse_math=False, color=color
         )
+        # Letters are of different widths: what is too long ends at the edge of its cell.
         drawn.set_clip_path(cells[i])
+    # y grows downwards, as one reads.
     axis.set(xlim=(0, width), ylim=(height, 0))
     n_found = (found_C > 0).sum()
     return (
@@ -328,6 +354,7 @@ def names_by_cluster(slots_CF: np.ndarray, names: list[str], count_L: np.ndarray
     """The names of the eight most frequent labels of each cluster."""
     result = []
     for slots in slots_CF:
+        # Without the empty slots, -1. Labels that are equally frequent stay in tree order.
         labels = sorted(slots[slots >= 0], key=lambda label: -count_L[label])
         result.append([names[label] for label in labels[:8]])
     return result
@@ -345,6 +372,7 @@ def pictures_of(out: Path) -> list[tuple]:
     train = data.splits["train"]
     n_labels = len(data.names)
     count_L = np.bincount(train.labels, minlength=n_labels)
+    # The first prediction of each document that has labels.
     has_labels_N = np.diff(split.label_offsets) > 0
     first_scores = scores_Nk[has_labels_N, 0]
     first_right = right_Nk[has_labels_N, 0]
@@ -364,7 +392,8 @@ def pictures_of(out: Path) -> list[tuple]:
     # 3. The coarsest clusters. Without cluster levels the whole tree is one.
     n_clusters = tree.levels[0] if tree.levels else 1
     slots_CF = tree.slot_to_label.reshape(n_clusters, -1)
-    slot_L = np.argsort(tree.slot_to_label)[-n_labels:]  # empty slots, -1, are sorted first
+    # The cluster of a label is a division of its slot. Empty slots, -1, are sorted first.
+    slot_L = np.argsort(tree.slot_to_label)[-n_labels:]
     cluster_L = slot_L // slots_CF.shape[1]
     pairs_C, found_C = found_by_class(cluster_L, n_clusters, labels_Nk[:, :FIRST], split)
     names_C = names_by_cluster(slots_CF, data.names, count_L)
@@ -387,6 +416,7 @@ def pictures_of(out: Path) -> list[tuple]:
 
 
 def run(config: Config) -> None:
+    # Imported here: whoever draws nothing need not have it installed.
     try:
         from matplotlib.figure import Figure  # without pyplot: it is drawn without a screen
         from PIL import Image  # comes with matplotlib
@@ -394,15 +424,18 @@ def run(config: Config) -> None:
         raise UserError("pictures need matplotlib: pip install matplotlib") from None
     out = Path(config.run)
     for name, size, draw, values in pictures_of(out):
+        # 1. Draw. matplotlib warns of letters that no font here has.
         figure = Figure(size, dpi=110, layout="constrained")
         path = out / f"plot-{name}.png"
-        with warnings.catch_warnings(record=True) as caught:  # of letters that no font here has
+        with warnings.catch_warnings(record=True) as caught:
             title = draw(figure, *values)
             figure.suptitle(title, fontsize=10)
             figure.savefig(path)
-        # A palette of 256 colours makes the file a third as big.
-        image = Image.open(path).convert("RGB").quantize(256, Image.Quantize.MAXCOVERAGE)
+        # 2. A palette of 256 colours makes the file a third as big.
+        image = Image.open(path).convert("RGB")
+        image = image.quantize(256, Image.Quantize.MAXCOVERAGE)
         image.save(path, optimize=True)
+        # 3. Say what can be seen, and how many warnings there were.
         line = f"{path}: {title}"
         if caught:
             line += f"; {len(caught)} warnings: {caught[0].message}"

@@ -5,7 +5,7 @@ rates as the cascade in RUN, whose settings are read from RUN/model.pt. What it 
 RUN/NAME, a run folder: tools.report and tools.compare work there. Stages 4 and 5 train one_vs_all
 and light_xml, so the other tools read these, too.
 
-Shapes   N documents, k labels predicted
+Shapes   N documents, L labels, k labels predicted
 """
 
 from collections.abc import Callable
@@ -26,14 +26,19 @@ class Config:
     run: str = flag("runs/demo", "folder of the cascade's run, trained before")
 
 
+# 1. The run folder of a variant, and its settings.
+
+
 def folder(run: str, name: str, *files: str) -> Path:
     """RUN/NAME, with the files of RUN in it."""
     out = Path(run) / name
     out.mkdir(parents=True, exist_ok=True)
     for file in files:
-        # Load it first: what is missing or damaged is said of the folder that it belongs to.
+        # Load it first: an error about a missing or damaged file then names RUN, not the new
+        # folder.
         load = load_npz if file.endswith(".npz") else load_pt
         load(Path(run) / file)
+        # A link takes no room on the disk, and is the very same file.
         link(Path(run) / file, out / file)
     return out
 
@@ -41,31 +46,46 @@ def folder(run: str, name: str, *files: str) -> Path:
 def cascade_settings(run: str, out: Path, **changes) -> stages.train.Config:
     """The settings that the cascade in RUN was trained with, for a run in `out`."""
     content, _ = load_pt(Path(run) / "model.pt")
-    return stages.train.Config(run=str(out), **content["config"] | changes)
+    # A variant changes only the settings in which it differs by its nature, such as --layers.
+    values = content["config"] | changes
+    return stages.train.Config(run=str(out), **values)
+
+
+# 2. Variants that are a cascade on another tree: stages 4 and 5 do the work.
 
 
 def train_on_tree(
     run: str, name: str, levels: Callable[[list[int]], list[int]], build: Callable, **changes
 ) -> None:
     """Stages 4 and 5 in RUN/NAME, with the model of `build` on some levels of the tree."""
+    # 1. A run folder with the data of the cascade.
     out = folder(run, name, "data.npz")
     config = cascade_settings(run, out, **changes)
     tree = stages.tree.load(run)
     stages.data.load(out)
-    # A variant that was interrupted starts over.
+    # A variant that was interrupted starts over. Its old checkpoints may be of another tree.
     for path in out.glob("checkpoint*.pt"):
         path.unlink()
-    # Leaf clusters have slots that are left over. Without the leaf level there is nothing to fill
-    # up.
+
+    # 2. A tree with fewer levels. The labels keep their order, so clusters that are kept hold the
+    #    same labels as before.
     kept = levels(tree.levels)
     slots = tree.slot_to_label
+    # Empty slots, -1, make all leaf clusters equally large. Without the leaf level there is
+    # nothing to fill up.
     if tree.levels[-1] not in kept:
         slots = slots[slots >= 0]
-    tree_config = stages.tree.Config(run=str(out), levels=",".join(str(n) for n in kept))
+    levels_flag = ",".join(str(n) for n in kept)
+    tree_config = stages.tree.Config(run=str(out), levels=levels_flag)
     arrays = {"slot_to_label": slots, "levels": np.array(kept, np.int64)}
     save_npz(out / "tree.npz", tree_config, arrays, made_from=("data.npz",))
+
+    # 3. Train and test it as any other run.
     stages.train.run(config, build)
     stages.eval.run(stages.eval.Config(run=str(out)))
+
+
+# 3. Predictions of variants that stage 5 does not know.
 
 
 def test(
@@ -78,6 +98,7 @@ def test(
         labels, scores = model.predict(batch, k)
         return {"labels": labels.cpu().numpy(), "scores": scores.cpu().numpy()}
 
+    # Without a backward pass there is memory for twice as many documents as in training.
     size = 2 * config.batch_size
     found = stages.train.predict_split(model, data, "test", config.max_len, size, predict, k)
     save_predictions(out, data, found["labels"], found["scores"], name, seconds)
@@ -96,6 +117,7 @@ def save_predictions(
 
     `seconds`: how long the training took.
     """
+    # 1. The file, in the format of stage 5, so that the tools can read it.
     config = stages.eval.Config(run=str(out), k=labels_Nk.shape[1])
     arrays = {
         "labels": labels_Nk.astype(np.int32),
@@ -110,9 +132,12 @@ def save_predictions(
         ranking=name,
         seconds=seconds,
     )
+    # 2. The same row that stage 5 prints for the cascade. Rare labels weigh more in PSP (05_eval.py
+    #    says how much), and how rare a label is, is counted on the training documents.
     train = data.splits["train"]
     count_L = np.bincount(train.labels, minlength=len(data.names))
     weight_L = stages.eval.inverse_propensity(count_L, len(train))
     metrics = stages.eval.metrics(labels_Nk, data.splits["test"], weight_L)
-    print(f"{'%':34}" + "".join(f"{column:>7}" for column in stages.eval.COLUMNS))
+    columns = "".join(f"{column:>7}" for column in stages.eval.COLUMNS)
+    print(f"{'%':34}" + columns)
     print(stages.eval.row(name.replace("_", " "), metrics))

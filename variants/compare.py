@@ -7,10 +7,13 @@ Reads    each RUN, in which the cascade has been trained and tested (stages 1, 2
 Writes   RUN/{ranker,xr_transformer,xr_transformer/ranker,one_vs_all,light_xml}/, where there are no
          predictions yet: what is missing is trained
 
-Metrics are of the test split. The paired bootstrap draws the test documents anew, the same ones for
-both systems, each document with its mean over the runs, and prints the middle 95% of a system minus
-the cascade. This is about which documents are in the split. What the seed of training does is the
-standard deviation.
+Metrics are of the test split: P@k, the share of correct labels among the first k; PSP@k, the same
+with rare labels weighing more; R@k, the share of a document's labels that are among the first k.
+
+The bootstrap asks how much of a difference may be chance. It is paired: it draws the test documents
+anew, the same ones for both systems, each document with its mean over the runs, and prints the
+middle 95% of a system minus the cascade. This is about which documents are in the split. What the
+seed of training does is the standard deviation.
 
 Costs. Scored: labels scored for a document at most. Training time: the steps as the logs have them,
 without validation; of XR-Transformer also what it finds between the stages; of a ranker its model's
@@ -41,6 +44,7 @@ from variants import light_xml, one_vs_all, ranker, xr_transformer
 from variants.common import stages
 
 # name: (folder in RUN, module, folder in RUN that it is run on)
+# They are trained in this order: a ranker comes after the model that it is run on.
 SYSTEMS = {
     "cascade": ("", None, ""),
     "cascade + ranker": ("ranker", ranker, ""),
@@ -71,25 +75,32 @@ ITS_OWN = ("topk", "layers", "dropout")
 
 def train_missing(run: str) -> None:
     """Train the systems that have no predictions in RUN yet; check those that have some."""
-    load_npz(Path(run) / "predictions.npz")  # the cascade itself is for stages 1 to 5 to make
+    # The cascade itself is for stages 1 to 5 to make.
+    load_npz(Path(run) / "predictions.npz")
     for name, (folder, module, on) in SYSTEMS.items():
         if not (Path(run) / folder / "predictions.npz").exists():
             print(f"\n{name} in {run}", flush=True)
             module.run(module.Config(run=str(Path(run) / on)))
+        # Predictions of an earlier day may belong to a cascade that has been trained anew since.
         check(Path(run), folder, on)
 
 
 def check(run: Path, folder: str, on: str) -> None:
     """UserError unless a system in RUN was made from the cascade that is there now."""
-    made_from = load_npz(run / folder / "predictions.npz")[1]["made_from"]
-    now = {"data.npz": load_npz(run / "data.npz")[1]["sha256"]}
+    # 1. Every artifact records the digests of the files that it was made from. A system needs the
+    #    same data, and a ranker the very model that it ranks for.
+    _, predicted = load_npz(run / folder / "predictions.npz")
+    _, data = load_npz(run / "data.npz")
+    now = {"data.npz": data["sha256"]}
     if "ranker" in folder:
-        now["model.pt"] = load_pt(run / on / "model.pt")[1]["sha256"]
-    is_other = any(made_from[name] != digest for name, digest in now.items())
-    of_cascade = load_pt(run / "model.pt")[0]["config"]
-    own = load_pt(run / (on or folder) / "model.pt")[0]["config"]
-    for key, value in own.items():
-        if key not in ITS_OWN and value != of_cascade[key]:
+        _, ranked = load_pt(run / on / "model.pt")
+        now["model.pt"] = ranked["sha256"]
+    is_other = any(predicted["made_from"][name] != digest for name, digest in now.items())
+    # 2. The settings: those of the cascade, but for what makes the variant another system.
+    cascade, _ = load_pt(run / "model.pt")
+    own, _ = load_pt(run / (on or folder) / "model.pt")
+    for key, value in own["config"].items():
+        if key not in ITS_OWN and value != cascade["config"][key]:
             is_other = True
     if is_other:
         raise UserError(
@@ -103,16 +114,22 @@ def check(run: Path, folder: str, on: str) -> None:
 
 def training_seconds(folder: Path) -> float:
     """What predictions.npz of a variant says, or the steps of log.jsonl."""
-    meta = load_npz(folder / "predictions.npz")[1]
+    _, meta = load_npz(folder / "predictions.npz")
+    # 1. XR-Transformer and the rankers took the time themselves. A ranker needs its model first.
     if "seconds" in meta:
-        of_its_model = training_seconds(folder.parent) if "ranker" in folder.name else 0
-        return meta["seconds"] + of_its_model
+        seconds = meta["seconds"]
+        if "ranker" in folder.name:
+            seconds += training_seconds(folder.parent)
+        return seconds
+    # 2. The others were trained by stage 4, whose log has a record of every few steps: how far they
+    #    went, and how fast.
     lines = (folder / "log.jsonl").read_text().splitlines()
     records = [json.loads(line) for line in lines]
     steps = [record["step"] for record in records if "loss" in record]
     rates = [record["batches_per_s"] for record in records if "loss" in record]
-    accumulate = load_pt(folder / "model.pt")[0]["config"]["accumulate"]
-    batches = accumulate * np.diff(steps, prepend=0)
+    # 3. The batches since the record before, over their speed. Several batches may share a step.
+    content, _ = load_pt(folder / "model.pt")
+    batches = content["config"]["accumulate"] * np.diff(steps, prepend=0)
     return float((batches / rates).sum())
 
 
@@ -126,24 +143,31 @@ class Predictor(NamedTuple):
 
 def predictor(run: str, name: str, documents: int) -> Predictor:
     """A system of a run and its first test documents."""
+    # 1. The model. A ranker has none of its own: it ranks what another system finds.
     folder, module, on = SYSTEMS[name]
-    at = Path(run) / (on if module is ranker else folder)
+    is_ranker = module is ranker
+    at = Path(run) / (on if is_ranker else folder)
     data = stages.data.load(at)
     model, settings, ranking = ranker.load_model(at, getattr(module, "build", None))
-    data = data._replace(
-        splits={**data.splits, "test": first(data.splits["test"], documents)}, known={}
-    )
+    # 2. A few documents are enough to measure a speed. The table of labels known beforehand has a
+    #    row for every document, so it is left out.
+    few = first(data.splits["test"], documents)
+    data = data._replace(splits={**data.splits, "test": few}, known={})
+    # 3. How many labels are scored: all slots of the leaf clusters kept. Without cluster levels
+    #    that is the root.
     kept = [1, *model.topk][-1]
     slots_per_leaf = model.counts[-1] // model.counts[-2]
     scored = kept * slots_per_leaf
     size = sum(parameter.numel() for parameter in model.parameters())
-    if module is ranker:
+    # 4. What is timed.
+    if is_ranker:
         predict, n_weights = ranker.load(Path(run) / folder)
         again = partial(predict, model, data, settings, ranking)
         return Predictor(again, scored, (size + n_weights) / 1e6)
 
     def one(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
-        return {"labels": model.predict(batch, k, ranking)[0].cpu().numpy()}
+        labels, _ = model.predict(batch, k, ranking)
+        return {"labels": labels.cpu().numpy()}
 
     def predict() -> object:
         batch_size = 2 * settings.batch_size
@@ -156,11 +180,12 @@ def predictor(run: str, name: str, documents: int) -> Predictor:
 
 def first(split: stages.data.Split, n: int) -> stages.data.Split:
     """The first n documents of a split."""
+    # n documents have n + 1 offsets, and the last one says where their tokens end.
     offsets = split.offsets[: n + 1]
     label_offsets = split.label_offsets[: n + 1]
-    return stages.data.Split(
-        split.ids[: offsets[-1]], offsets, split.labels[: label_offsets[-1]], label_offsets
-    )
+    ids = split.ids[: offsets[-1]]
+    labels = split.labels[: label_offsets[-1]]
+    return stages.data.Split(ids, offsets, labels, label_offsets)
 
 
 # 3. How good it is.
@@ -172,19 +197,25 @@ def measure(folder: Path) -> tuple[list[float], np.ndarray]:
     train = data.splits["train"]
     split = data.splits["test"]
     n_labels = len(data.names)
+    # How rare a label is, is counted on the training documents.
     count_L = np.bincount(train.labels, minlength=n_labels)
     weight_L = stages.eval.inverse_propensity(count_L, len(train))
     member = load_predictions(folder / "predictions.npz", "test", len(split), n_labels)
     labels_Nk = member.labels_Nk
     found = stages.eval.metrics(labels_Nk, split, weight_L)
+    # A metric at more labels than were predicted is not known.
+    k = labels_Nk.shape[1]
     values = []
     for name, j in METRICS:
-        values.append(float(found[name][j - 1]) if j <= labels_Nk.shape[1] else np.nan)
+        values.append(float(found[name][j - 1]) if j <= k else np.nan)
     return values, contributions(labels_Nk, split, weight_L)
 
 
 def minus_cascade(system: np.ndarray, cascade: np.ndarray, seed: int) -> np.ndarray:
     """(3, Q): 2.5%, median and 97.5% of a system minus the cascade, by the bootstrap."""
+    # Every metric is a sum over documents, divided by something that both systems share. So the
+    # difference of two metrics is the metric of the documents' differences. The last column is what
+    # PSP is divided by, the best possible. It stays as it is.
     gap = (system - cascade)[:, :-1]
     best_psp = system[:, -1]
     drawn = bootstrap(np.column_stack([gap, best_psp]), seed)
@@ -195,45 +226,75 @@ def minus_cascade(system: np.ndarray, cascade: np.ndarray, seed: int) -> np.ndar
 
 
 def cells(values, form: str = "8.2f") -> str:
+    """The cells of a row."""
     return "".join(f"{value:{form}}" for value in values)
 
 
+def print_metrics(
+    runs: list[str],
+    systems: dict[str, Predictor],
+    seconds: dict[str, float],
+    n_documents: int,
+) -> dict[str, np.ndarray]:
+    """Print metrics and costs; {system: what each document adds to the metrics, mean of runs}.
+
+    `seconds` is what each system took for `n_documents`.
+    """
+    titles = [f"{metric}@{j}" for metric, j in METRICS]
+    costs = ["scored", "train s", "doc/s", "M par."]
+    header = f"%, mean of {len(runs)} runs; +- standard deviation"
+    print(f"\n{header:44}" + cells([*titles, *costs], ">8"))
+    added = {}
+    for name, (folder, *_) in SYSTEMS.items():
+        # 1. Measure each run, and take the means.
+        measured = [measure(Path(one) / folder) for one in runs]
+        values = [row for row, _ in measured]
+        added[name] = np.mean([part for _, part in measured], axis=0)
+        train_seconds = np.mean([training_seconds(Path(one) / folder) for one in runs])
+        # 2. Print them beside the costs.
+        system = systems[name]
+        speed = n_documents / seconds[name]
+        of_system = (
+            f"{system.scored:8,.0f}{train_seconds:8,.0f}{speed:8,.0f}{system.parameters:8,.1f}"
+        )
+        print(f"{name:44}" + cells(np.mean(values, axis=0)) + of_system)
+        # 3. How far the runs are apart.
+        if len(runs) > 1:
+            print(f"{'  +-':44}" + cells(np.std(values, axis=0, ddof=1)))
+    return added
+
+
+def print_differences(added: dict[str, np.ndarray], seed: int) -> None:
+    """Print the bootstrap of every system against the cascade."""
+    header = "minus the cascade: 95% from, median, 95% to"
+    print(f"\n{header:44}" + cells(TESTED, "^24"))
+    # Where the metrics that are tested stand among those of tools.compare.
+    titles = [f"{metric}@{j}" for metric, j in ADDED]
+    columns = [titles.index(title) for title in TESTED]
+    for name in SYSTEMS:
+        if name == "cascade":
+            continue
+        quantiles = minus_cascade(added[name], added["cascade"], seed)
+        # Three numbers for each metric.
+        row = []
+        for column in columns:
+            row.extend(quantiles[:, column])
+        print(f"{name:44}" + cells(row))
+
+
 def run(config: Config) -> None:
+    # 1. Train what is missing, in every run.
     runs = config.run.split(",")
     for one in runs:
         train_missing(one)
-
-    # The speeds, all systems in turn.
+    # 2. The speeds, all systems in turn: if the machine is busy for a while, all suffer alike.
     systems = {name: predictor(runs[0], name, config.documents) for name in SYSTEMS}
     passes = {name: system.predict for name, system in systems.items()}
     seconds = in_turn(passes, rounds=3)
     n_documents = min(config.documents, len(stages.data.load(runs[0]).splits["test"]))
-
-    titles = [f"{metric}@{j}" for metric, j in METRICS] + ["scored", "train s", "doc/s", "M par."]
-    header = f"%, mean of {len(runs)} runs; +- standard deviation"
-    print(f"\n{header:44}" + cells(titles, ">8"))
-    added = {}
-    for name, (folder, *_) in SYSTEMS.items():
-        measured = [measure(Path(one) / folder) for one in runs]
-        values = [row for row, _ in measured]
-        added[name] = np.mean([part for _, part in measured], axis=0)
-        took = np.mean([training_seconds(Path(one) / folder) for one in runs])
-        costs = (
-            f"{systems[name].scored:8,.0f}{took:8,.0f}{n_documents / seconds[name]:8,.0f}"
-            f"{systems[name].parameters:8,.1f}"
-        )
-        print(f"{name:44}" + cells(np.mean(values, axis=0)) + costs)
-        if len(runs) > 1:
-            print(f"{'  +-':44}" + cells(np.std(values, axis=0, ddof=1)))
-
-    header = "minus the cascade: 95% from, median, 95% to"
-    print(f"\n{header:44}" + cells(TESTED, "^24"))
-    columns = [[f"{metric}@{j}" for metric, j in ADDED].index(title) for title in TESTED]
-    for name in SYSTEMS:
-        if name != "cascade":
-            quantiles = minus_cascade(added[name], added["cascade"], config.seed)
-            row = [q for column in columns for q in quantiles[:, column]]
-            print(f"{name:44}" + cells(row))
+    # 3. The two tables.
+    added = print_metrics(runs, systems, seconds, n_documents)
+    print_differences(added, config.seed)
 
 
 if __name__ == "__main__":

@@ -6,16 +6,20 @@ it costs.
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt (its settings)
 Writes   RUN/one_vs_all/    a run folder: tree.npz, model.pt, predictions.npz, ...
 
-One-vs-all is the cascade on a tree that is nothing but its root: the children of the root are all
-the labels, so the shortlist is everything, there are no negatives to choose, and p(label) is
-trained on all documents. What differs:
+One-vs-all gives every label a yes-or-no question of its own, and asks all of them. Here it is the
+cascade on a tree that is nothing but its root: the children of the root are all the labels, so the
+shortlist is everything, there are no negatives to choose, and p(label) is trained on all documents.
+What differs:
 
-- no cluster levels, hence one head, which reads the last layer, and one term in the loss; - a step
-costs B * L * D, and its memory holds logits (B, L): fine for ten thousand labels, not for millions;
-- scores need no parent: the ranking is p(label).
+- There are no cluster levels, hence one head, which reads the last layer, and one term in the loss.
+- A step costs B * L * D, and its memory holds logits (B, L): fine for ten thousand labels, not for
+  millions.
+- Scores need no parent: the ranking is p(label).
 
 The rows of the labels are trained by RowAdam, as the cascade's are, with the dropout that the
 cascade's label level has with two cluster levels, 0.4.
+
+Shapes   B documents of a batch, L labels, D width
 """
 
 from plumbing.cli import main
@@ -29,12 +33,19 @@ def build(
 ):
     """A Cascade without cluster levels. `tree`: root and slots only."""
     model = stages.model.build(data, tree, config, encoder)
+    # With one level alone, stage 3 would set another dropout. Take the published one of the labels.
     model.dropout[0].p = stages.model.DROPOUT[3][-1]
     return model
 
 
+def none(levels: list[int]) -> list[int]:
+    """Of the tree's cluster levels none: the labels are the children of the root."""
+    return []
+
+
 def run(config: Config) -> None:
-    train_on_tree(config.run, NAME, lambda levels: [], build, topk="", layers="", dropout="")
+    # Empty settings are chosen anew: the cascade's have an entry for each of its cluster levels.
+    train_on_tree(config.run, NAME, none, build, topk="", layers="", dropout="")
 
 
 if __name__ == "__main__":

@@ -10,28 +10,25 @@ Writes   RUN/xr_transformer/    model.pt, log.jsonl, predictions.npz;
 
 The cascade trains all levels at once. XR-Transformer trains them one after the other, from coarse
 to fine: each level starts from what the level above has learnt, and its candidates are fixed
-beforehand. What differs from the cascade:
+beforehand. The training of one level is called a stage. What differs from the cascade:
 
-- every level is trained by itself, and the encoder goes on from the level above. All read the last
-layer.
-  The cascade's passes are shared out as 3 : 4 : 6, and each stage has a schedule of its own;
-- candidates are fixed for a stage: the children of a document's true parents (teacher forcing), and
-of
-  the b best parents that the stage above finds for it (matcher-aware negatives);
-- the loss is a squared hinge, w max(0, 1 - y z)^2, where w is the number of the document's labels
-below a
-  positive node, and 1 otherwise;
-- a new level starts from a classifier on the features of the stage above (variants/staging.py). The
-first
-  one, where the cascade trains its heads first, starts from the encoder as it was;
-- a node's score is exp(-max(0, 1 - z)^3) times its parent's, in a beam of b.
+- Every level is trained by itself, and the encoder goes on from the level above. All read the last
+  layer. The cascade's passes are shared out as 3 : 4 : 6, and each stage has a schedule of its own.
+- Candidates are fixed for a stage: the children of a document's true parents (teacher forcing), and
+  of the b best parents that the stage above finds for it (matcher-aware negatives).
+- The loss is a squared hinge, w max(0, 1 - y z)^2, for a score z and a target y of +1 or -1. A
+  score beyond 1 on the right side costs nothing. The weight w is the number of the document's
+  labels below a positive node, and 1 otherwise.
+- A new level starts from a classifier on the features of the stage above (variants/staging.py). The
+  first one, where the cascade trains its heads first, starts from the encoder as it was.
+- A node's score is exp(-max(0, 1 - z)^3) times its parent's, in a beam of b.
 
 To predict, every stage needs the encoder it was trained with. The authors throw these heads away
 and train a linear ranker: variants/ranker.py. Left out: their learning rates, batch size and
 dropout (the cascade's are taken); the choice of a best epoch, since a stage goes on from the last.
 
 Shapes   N documents, B documents of a batch, K parents of a document, F children of each (fan),
-         P (document, label) pairs, M nodes of a level, D width, b width of the beam
+         P (document, label) pairs, M nodes of a level, D width, b width of the beam, L labels
 """
 
 import copy
@@ -64,6 +61,9 @@ class Config(common.Config):
     b: int = flag(20, "parents of the stage above whose children are candidates", positive)
 
 
+# 1. The model: a cascade with another loss, and an encoder for each level.
+
+
 class XRTransformer(stages.model.Cascade):
     """A cascade of which one level is trained at a time: `stage`, counted from 0.
 
@@ -78,40 +78,54 @@ class XRTransformer(stages.model.Cascade):
         dropout: list[float] | None = None,
     ) -> None:
         n_levels = len(topk) + 1
-        layers = [[encoder.depth]] * n_levels
+        layers = [[encoder.depth]] * n_levels  # every level reads the last layer
         super().__init__(encoder, tree, topk, layers, dropout=dropout)
+        # A model that was loaded is ready to predict: its stage is the last.
         self.stage = n_levels - 1
+        # A place for the encoder of every level above the labels, filled when its stage is over.
         self.earlier = nn.ModuleList()
         for _ in topk:
-            self.earlier.append(copy.deepcopy(encoder).requires_grad_(False))
+            not_trained = copy.deepcopy(encoder).requires_grad_(False)
+            self.earlier.append(not_trained)
+        # Nearly all nodes are wrong for a document, and -1 is the score asked of them.
         for head in self.heads:
-            nn.init.constant_(head.bias, -1.0)  # the margin of what is wrong
+            nn.init.constant_(head.bias, -1.0)
 
     def logits(self, x_BD: Tensor, parents_BK: Tensor, t: int) -> Tensor:
         """(B, K, F) of the children of the parents; -inf for padding and in an empty slot."""
+        # 1. A document with fewer parents is padded with -1. The head scores cluster 0 there, and
+        #    these scores are crossed out.
         gone_BKF = (parents_BK < 0)[..., None]
         parents_BK = parents_BK.clamp(min=0)
-        if t == len(self.topk):
+        # 2. At the label level, slots without a label are crossed out, too.
+        is_label_level = t == len(self.topk)
+        if is_label_level:
             gone_BKF = gone_BKF | self.empty[parents_BK]
-        return self.heads[t](x_BD, parents_BK).masked_fill(gone_BKF, -torch.inf)
+        z_BKF = self.heads[t](x_BD, parents_BK)
+        return z_BKF.masked_fill(gone_BKF, -torch.inf)
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """(squared hinge (1,), positive labels that are below no candidate ()).
 
         The hinge is summed over the candidates and averaged over the documents.
         """
+        # 1. Score the candidates of the level whose turn it is.
         t = self.stage
         x_BD = self.dropout[t](self.features(batch)[t])
         z_BKF = self.logits(x_BD, batch.parents_BK, t)
         fan = z_BKF.shape[2]
+        # 2. How many of the document's labels are below each of them?
         node_P = self.nodes(batch.label_P, t)
         n_BKF = count(node_P, batch.doc_P, batch.parents_BK, fan)
-        # y z is z where the node is positive, and -z elsewhere. Of z = -inf: relu(1 - inf) is 0,
-        # and has no gradient.
+        # 3. y z is z where the node is positive, and -z elsewhere. Of z = -inf: relu(1 - inf) is 0,
+        #    and has no gradient.
         yz_BKF = torch.where(n_BKF > 0, z_BKF, -z_BKF)
         slack_BKF = torch.relu(1 - yz_BKF)
-        loss = (n_BKF.clamp(min=1) * slack_BKF.square()).sum() / len(z_BKF)
-        return loss.view(1), len(batch.label_P) - n_BKF.sum()
+        # 4. A node with many of the document's labels weighs more: to miss it costs all of them.
+        weight_BKF = n_BKF.clamp(min=1)
+        loss = (weight_BKF * slack_BKF.square()).sum() / len(z_BKF)
+        n_missed = len(batch.label_P) - n_BKF.sum()
+        return loss.view(1), n_missed
 
     def down(
         self, x_BD: Tensor, parents_BK: Tensor, scores_BK: Tensor, t: int
@@ -120,8 +134,10 @@ class XRTransformer(stages.model.Cascade):
         z_BKF = self.logits(x_BD, parents_BK, t)
         fan = z_BKF.shape[2]
         nodes = stages.tree.expand(parents_BK, fan)
+        # The logarithm of exp(-max(0, 1 - z)^3). A product of scores is a sum of logarithms.
         own_BKF = -torch.relu(1 - z_BKF).pow(3)
         scores = (scores_BK[..., None] + own_BKF).flatten(1)
+        # Below the label level nothing follows, so all labels that were scored are given.
         if t < len(self.topk):
             best = scores.topk(self.topk[t], dim=1)
             scores = best.values
@@ -136,9 +152,12 @@ class XRTransformer(stages.model.Cascade):
         nodes = torch.zeros_like(batch.ids_BT[:, :1])  # the root, whose log score is 0
         scores = torch.zeros(nodes.shape, device=nodes.device)
         for t, encoder in enumerate([*self.earlier, self.encoder]):
+            # Every level has an encoder of its own, so the documents are read once for each level.
             x_BD = self.features(batch, encoder)[t]
             nodes, scores = self.down(x_BD, nodes, scores, t)
-        return stages.model.best_k(self.slot_to_label[nodes], scores, k)
+        # The nodes of the last level are slots.
+        labels = self.slot_to_label[nodes]
+        return stages.model.best_k(labels, scores, k)
 
     @torch.no_grad()
     def match(
@@ -151,24 +170,32 @@ class XRTransformer(stages.model.Cascade):
         self.eval()
         t = self.stage
         device = self.slot_to_label.device
-        rows_of = batches.rows(0)  # documents of about one length together
+        # 1. One level down from the parents that the earlier stages found, batch by batch:
+        #    documents of about one length together.
+        rows_of = batches.rows(0)
+        above_nodes, above_scores = above
         found_nodes = []
         found_scores = []
         features = []
         for rows in rows_of:
             batch = batches.data.batch("train", rows, batches.max_len).to(device)
             x_BD = self.features(batch)[t]
-            parents, parent_scores = (torch.from_numpy(array[rows]).to(device) for array in above)
+            parents = torch.from_numpy(above_nodes[rows]).to(device)
+            parent_scores = torch.from_numpy(above_scores[rows]).to(device)
             nodes, scores = self.down(x_BD, parents, parent_scores, t)
             found_nodes.append(nodes.cpu().numpy())
             found_scores.append(scores.cpu().numpy())
             features.append(x_BD.cpu().numpy())
+        # 2. Back into the corpus' order: the inverse of a permutation is what sorts it.
         back = np.argsort(np.concatenate(rows_of))
-        found = [np.concatenate(found_nodes)[back], np.concatenate(found_scores)[back]]
-        return found, np.concatenate(features)[back]
+        nodes_Nb = np.concatenate(found_nodes)[back]
+        scores_Nb = np.concatenate(found_scores)[back]
+        x_ND = np.concatenate(features)[back]
+        return [nodes_Nb, scores_Nb], x_ND
 
     def next_stage(self, x_ND: np.ndarray, train: stages.data.Split, warm: str) -> None:
         """Put the encoder by, and start the next head from features (N, D) of the documents."""
+        # The encoder will go on learning, and this level will need it as it is now.
         self.earlier[self.stage].load_state_dict(self.encoder.state_dict())
         self.stage += 1
         self.start_head(x_ND, train, warm)
@@ -176,10 +203,13 @@ class XRTransformer(stages.model.Cascade):
     def start_head(self, x_ND: np.ndarray, train: stages.data.Split, warm: str) -> None:
         """Start the head of this stage from features (N, D) of the training documents."""
         t = self.stage
+        # Which nodes of this level are above the labels of each document: Y (N, M).
         label_P = torch.from_numpy(train.labels.astype(np.int64)).to(self.empty.device)
         node_P = self.nodes(label_P, t).cpu().numpy()
         shape = (len(x_ND), self.counts[t + 1])
-        Y_NM = csr_matrix((np.ones(len(node_P)), node_P, train.label_offsets), shape)
+        ones = np.ones(len(node_P))
+        Y_NM = csr_matrix((ones, node_P, train.label_offsets), shape)
+        # The first level has no level above it to inherit from.
         above = self.heads[t - 1] if t else None
         warm_start(warm, above, self.heads[t], x_ND, Y_NM)
 
@@ -190,19 +220,29 @@ class XRTransformer(stages.model.Cascade):
         Centre the features of a pretrained encoder, and start the first head from them before the
         encoder is trained, as the later heads start from the features of the stage above.
         """
-        encoded = stages.train.encode(self, data, config, stages.train.never).encoded["train"]
-        stages.train.center(self, encoded)
+        # 1. Run the encoder once over the training documents, and centre what it gives.
+        with_features = stages.train.encode(self, data, config, stages.train.never)
+        encoded_NHD = with_features.encoded["train"]
+        stages.train.center(self, encoded_NHD)
+        # 2. The features as the model will see them: centred and scaled. All levels read one hidden
+        #    state, the last, so it is number 0 of those that are kept.
         parts = []
-        for start in range(0, len(encoded), CHUNK):
-            part = torch.from_numpy(encoded[start : start + CHUNK]).to(self.empty.device)
-            parts.append(self.scaled(part)[:, 0].cpu().numpy())
+        for start in range(0, len(encoded_NHD), CHUNK):
+            part = torch.from_numpy(encoded_NHD[start : start + CHUNK]).to(self.empty.device)
+            scaled_BHD = self.scaled(part)
+            parts.append(scaled_BHD[:, 0].cpu().numpy())
+        # 3. The head of the first level.
         self.start_head(np.concatenate(parts), data.splits["train"], warm)
 
     def param_groups(self, lr: float, lr_encoder: float) -> list[dict]:
         """Without the rows of labels until their stage has come."""
+        # In an earlier stage no label is scored, so there is no gradient to train them by.
         groups = super().param_groups(lr, lr_encoder)
         is_last = self.stage == len(self.topk)
         return [group for group in groups if is_last or not group["rows"]]
+
+
+# 2. What the model and its training are made of.
 
 
 def count(node_P: Tensor, doc_P: Tensor, parents_BK: Tensor, fan: int) -> Tensor:
@@ -210,8 +250,12 @@ def count(node_P: Tensor, doc_P: Tensor, parents_BK: Tensor, fan: int) -> Tensor
 
     stages.tree.match says only whether there is one.
     """
+    # 1. Where among its document's parents is the parent of each label's node? Where the
+    #    parent is not among them, nothing is counted.
     is_parent_PK = parents_BK[doc_P] == (node_P // fan)[:, None]
     pair, place = is_parent_PK.nonzero(as_tuple=True)
+    # 2. Add 1 in the cell of its node: document, place of the parent, number of the child. Labels
+    #    below the same node are added up.
     counts_BKF = torch.zeros(*parents_BK.shape, fan, device=parents_BK.device)
     one = torch.ones(len(pair), device=parents_BK.device)
     where = (doc_P[pair], place, node_P[pair] % fan)
@@ -222,13 +266,19 @@ def build(
     data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, encoder=None
 ) -> XRTransformer:
     """What stages.train.load needs."""
-    encoder = stages.model.build(data, tree, replace(config, layers=""), encoder).encoder
+    # The encoder as the cascade makes it. The rest of that cascade is not used.
+    cascade = stages.model.build(data, tree, replace(config, layers=""), encoder)
+    encoder = cascade.encoder
     dropout = stages.model.rates(config.dropout, len(tree.levels) + 1)
-    model = XRTransformer(encoder, tree, int_list(config.topk, "--topk"), dropout)
+    topk = int_list(config.topk, "--topk")
+    model = XRTransformer(encoder, tree, topk, dropout)
     if config.label_bf16:
         label_weight = model.heads[-1].weight
         label_weight.data = label_weight.data.bfloat16()
     return model
+
+
+# 3. Training, stage after stage.
 
 
 def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransformer, float]:
@@ -241,7 +291,9 @@ def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransfor
     n = len(data.splits["train"])
     n_stages = len(model.heads)
     start = time.perf_counter()
-    above = [np.zeros((n, 1), np.int64), np.zeros((n, 1), np.float32)]  # the root, with log score 0
+    # Everything begins at the root, node 0, with log score 0.
+    above = [np.zeros((n, 1), np.int64), np.zeros((n, 1), np.float32)]
+    # Where the cascade trains its heads first, the first head gets a start from the encoder, too.
     if config.head_epochs:
         model.stage = 0
         model.start(data, config, warm)
@@ -249,16 +301,20 @@ def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransfor
         model.stage = t
         n_nodes = model.counts[t + 1]
         print(f"level {t + 1} of {n_stages}: {n_nodes:,} nodes, {epochs} passes", flush=True)
+        # 1. The candidates: what the stage above found, and the parents of the correct labels.
         every_label = torch.arange(len(data.names), device=device)
         parent_L = model.nodes(every_label, t - 1).cpu().numpy()  # level -1: the root
+        # Another seed, so that a stage does not see its documents in the order of the last one.
         stage_config = replace(config, epochs=epochs, seed=config.seed + t)
         batches = Batches(data, stage_config, above[0], parent_L)
+        # 2. Train this level and the encoder.
         write = logger(out, stage_config)
 
         def log(record: dict, write=write, level: int = t + 1) -> None:
             write({"level": level} | record)
 
         stages.train.fit(model, batches, stage_config, log)
+        # 3. What does it find? These are the candidates and the warm start of the next level.
         if t < len(model.topk):
             above, x_ND = model.match(batches, above)
             model.next_stage(x_ND, data.splits["train"], warm)
@@ -268,12 +324,15 @@ def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransfor
 def run(config: Config) -> None:
     if config.warm not in WARM_STARTS:
         raise UserError(f"--warm {config.warm}: expected one of {', '.join(WARM_STARTS)}")
+    # 1. A run folder of its own. The log would be appended to, so an old one has to go.
     name = NAME if config.warm == "linear" else f"{NAME}-{config.warm}"
     out = common.folder(config.run, name, "data.npz", "tree.npz")
     (out / "log.jsonl").unlink(missing_ok=True)
+    # 2. The cascade's settings, but for the beam: b clusters, or all where a level has fewer.
     levels = stages.tree.load(out).levels
     topk = ",".join(str(min(config.b, n)) for n in levels)
     train_config = common.cascade_settings(config.run, out, topk=topk)
+    # 3. Train, and write model.pt in the format of stage 4.
     model, seconds = train(out, train_config, config.warm)
     content = {
         "config": settings(train_config),
@@ -283,6 +342,7 @@ def run(config: Config) -> None:
     }
     made_from = ("data.npz", "tree.npz")
     save_pt(out / "model.pt", train_config, content, made_from, stage=f"variants/{NAME}.py")
+    # 4. Predict the test split.
     common.test(out, model, train_config, NAME, seconds)
 
 
