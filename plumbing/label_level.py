@@ -79,13 +79,20 @@ def touched(clusters_BK: Tensor, n_clusters: int, wait: bool) -> tuple[Tensor | 
 
 
 def in_parts(clusters_U: Tensor | None, weight: Tensor) -> Iterator[slice | Tensor]:
-    """The clusters, some at a time: weight[part] is a copy, or with None a view of the weight."""
+    """The clusters, some at a time: their numbers, or a slice of them where all take part."""
     n = chunk_of(weight)
     if clusters_U is not None:
         yield from clusters_U.split(n)
         return
     for start in range(0, len(weight), n):
         yield slice(start, start + n)
+
+
+def read(weight: Tensor, part: slice | Tensor) -> Tensor:
+    """The rows of some clusters: of a slice a view, of numbers a copy."""
+    if isinstance(part, slice):
+        return weight[part]
+    return weight.index_select(0, part)
 
 
 def chunk_of(weight: Tensor) -> int:
@@ -127,7 +134,9 @@ class ShortlistProduct(torch.autograd.Function):
         # Not by save_for_backward, which gives back other tensors with the same memory: the factors
         # must be left at the very parameters that the optimiser holds.
         ctx.parameters = weight, bias
-        logits = [product(x_BD, weight[part], bias[part]) for part in in_parts(clusters_U, weight)]
+        logits = []
+        for part in in_parts(clusters_U, weight):
+            logits.append(product(x_BD, read(weight, part), read(bias, part)))
         # Every document picks the clusters that it asked for.
         logits_BUF = torch.cat(logits, dim=1)
         return logits_BUF.gather(1, index_BKF)
@@ -154,7 +163,7 @@ class ShortlistProduct(torch.autograd.Function):
             dx_BD = torch.zeros_like(x_BD)
             dz_parts = dz_BUF.split(chunk_of(weight), 1)
             for part, dz_BnF in zip(in_parts(clusters_U, weight), dz_parts, strict=True):
-                weight_RD = weight[part].flatten(0, 1)
+                weight_RD = read(weight, part).flatten(0, 1)
                 dx_BD += dz_BnF.flatten(1).to(weight.dtype) @ weight_RD
         return dx_BD, None, None, None
 
@@ -323,7 +332,7 @@ class RowAdam(torch.optim.Optimizer):
             #    1 - beta of the way; not at all in a row without a gradient.
             square_R = squares_of_rows(dz_BR, between_BB) / width
             here_R = (square_R > 0).float()  # 1 in rows with a gradient
-            vc_R2 = state["rows"][part].view(-1, 2)
+            vc_R2 = read(state["rows"], part).view(-1, 2)
             now_R2 = torch.stack([square_R, here_R], 1)
             vc_R2.lerp_(now_R2, (1 - self.beta) * here_R[:, None])
             v_R, c_R = vc_R2.unbind(1)
@@ -334,18 +343,20 @@ class RowAdam(torch.optim.Optimizer):
 
             # 4. The step: decay, and one product in place. The gradient dz^T x, with what its rows
             #    are divided by at the factor dz, and what its features are divided by at x.
-            w_RD = weight[part].float().view(-1, width)
+            w_RD = read(weight, part).float().view(-1, width)
             w_RD.mul_(1 - lr * decay * here_R[:, None])
             step_BR = dz_BR * (lr * here_R / size_R)
             w_RD.addmm_(step_BR.T, scaled_BD, alpha=-1)
 
-            # 5. Parts that are copies go back to where they came from.
+            # 5. What is a copy goes back to where it came from.
+            if weight.dtype == torch.bfloat16:
+                w_RD = round_stochastically(w_RD)
+            w_nFD = w_RD.view(-1, *weight.shape[1:])
             if clusters_U is not None:
-                state["rows"][part] = vc_R2.view(-1, dz_BnF.shape[2], 2)
-            if clusters_U is not None or weight.dtype == torch.bfloat16:
-                if weight.dtype == torch.bfloat16:
-                    w_RD = round_stochastically(w_RD)
-                weight[part] = w_RD.view(-1, *weight.shape[1:])
+                state["rows"].index_copy_(0, part, vc_R2.view(len(part), -1, 2))
+                weight.index_copy_(0, part, w_nFD)
+            elif weight.dtype == torch.bfloat16:
+                weight[part] = w_nFD
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state, and keep its numbers float32 where the weights are bfloat16."""
