@@ -33,7 +33,9 @@ Shapes   B documents of a batch, D width, C clusters, F children of each (fan), 
 """
 
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -110,12 +112,32 @@ def product(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor) -> Tensor:
     return logits_BR.view(len(x_BD), *bias_CF.shape) + bias_CF
 
 
-class Factors(NamedTuple):
-    """A gradient (U, F, D) as two factors: of cluster u, sum over documents dz[b, u] x[b]."""
+@dataclass
+class Factors:
+    """A gradient of the weights (C, F, D) as two factors, for the K clusters of each document.
 
-    clusters_U: Tensor | None  # int64; None for all clusters
-    dz_BUF: Tensor  # float32, gradient of the logits
+    Of child f of cluster c: the sum of dz[b, k, f] x[b] over all b, k with clusters[b, k] = c.
+    """
+
+    clusters_BK: Tensor  # int64
+    dz_BKF: Tensor  # float32, gradient of the logits
     x_BD: Tensor  # float32, input of the head
+    n_clusters: int  # C
+
+    @cached_property
+    def touched(self) -> tuple[Tensor | None, Tensor]:
+        """(clusters_U, place_BK), as the function `touched` says."""
+        return touched(self.clusters_BK, self.n_clusters, wait=not self.x_BD.is_cuda)
+
+    @cached_property
+    def dz_BUF(self) -> Tensor:
+        """The gradient of all logits (B, U, F): 0 where a document did not ask."""
+        clusters_U, place_BK = self.touched
+        n_documents, _, fan = self.dz_BKF.shape
+        n_touched = self.n_clusters if clusters_U is None else len(clusters_U)
+        index_BKF = place_BK[..., None].expand(-1, -1, fan)
+        dz_BUF = self.dz_BKF.new_zeros(n_documents, n_touched, fan)
+        return dz_BUF.scatter_add_(1, index_BKF, self.dz_BKF)
 
 
 class ShortlistProduct(torch.autograd.Function):
@@ -128,9 +150,7 @@ class ShortlistProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x_BD: Tensor, weight: Tensor, bias: Tensor, clusters_BK: Tensor) -> Tensor:
         clusters_U, place_BK = touched(clusters_BK, len(weight), wait=not x_BD.is_cuda)
-        fan = weight.shape[1]
-        index_BKF = place_BK[..., None].expand(-1, -1, fan)
-        ctx.save_for_backward(x_BD, clusters_U, index_BKF)
+        ctx.save_for_backward(x_BD, clusters_BK, clusters_U, place_BK)
         # Not by save_for_backward, which gives back other tensors with the same memory: the factors
         # must be left at the very parameters that the optimiser holds.
         ctx.parameters = weight, bias
@@ -139,32 +159,27 @@ class ShortlistProduct(torch.autograd.Function):
             logits.append(product(x_BD, read(weight, part), read(bias, part)))
         # Every document picks the clusters that it asked for.
         logits_BUF = torch.cat(logits, dim=1)
+        index_BKF = place_BK[..., None].expand(-1, -1, weight.shape[1])
         return logits_BUF.gather(1, index_BKF)
 
     @staticmethod
     def backward(ctx, dz_BKF: Tensor) -> tuple[Tensor | None, ...]:
-        x_BD, clusters_U, index_BKF = ctx.saved_tensors
+        x_BD, clusters_BK, clusters_U, place_BK = ctx.saved_tensors
         weight, bias = ctx.parameters
-        # 1. The gradient of all logits: 0 where a document did not ask.
-        n_clusters = len(weight) if clusters_U is None else len(clusters_U)
-        dz_BUF = dz_BKF.new_zeros(len(x_BD), n_clusters, weight.shape[1])
-        dz_BUF.scatter_add_(1, index_BKF, dz_BKF)
-
-        # 2. The gradients of weight and bias stay factors.
-        if ctx.needs_input_grad[1]:
-            # A bias is a weight whose only feature is always 1.
-            ones = x_BD.new_ones(1, 1)
-            leave(weight, Factors(clusters_U, dz_BUF, x_BD.detach()))
-            leave(bias, Factors(clusters_U, dz_BUF.sum(0, keepdim=True), ones))
-
-        # 3. The gradient of the features, dz W.
+        factors = Factors(clusters_BK, dz_BKF, x_BD.detach(), len(weight))
+        factors.touched = clusters_U, place_BK  # known already
+        # 1. The gradient of the features, dz W.
         dx_BD = None
         if ctx.needs_input_grad[0]:  # features from a cache do not learn
             dx_BD = torch.zeros_like(x_BD)
-            dz_parts = dz_BUF.split(chunk_of(weight), 1)
+            dz_parts = factors.dz_BUF.split(chunk_of(weight), 1)
             for part, dz_BnF in zip(in_parts(clusters_U, weight), dz_parts, strict=True):
                 weight_RD = read(weight, part).flatten(0, 1)
                 dx_BD += dz_BnF.flatten(1).to(weight.dtype) @ weight_RD
+        # 2. The gradients of weight and bias stay factors.
+        if ctx.needs_input_grad[1]:
+            leave(weight, factors)
+            leave(bias, factors)
         return dx_BD, None, None, None
 
 
@@ -176,30 +191,14 @@ def leave(parameter: Tensor, factors: Factors) -> None:
 # 3. What follows from the factors.
 
 
-def put_together(parts: list[Factors], n_clusters: int) -> Factors:
+def one_batch(parts: list[Factors]) -> Factors:
     """The sum of several gradients: one batch of all their documents."""
     if len(parts) == 1:
         return parts[0]
-    # 1. The clusters of all batches, and where those of each batch are among them.
-    if any(part.clusters_U is None for part in parts):
-        clusters_U = None
-    else:
-        every = torch.cat([part.clusters_U for part in parts])
-        clusters_U, place = touched(every, n_clusters, wait=not every.is_cuda)
-        places = place.split([len(part.clusters_U) for part in parts])
-    if clusters_U is None:
-        places = [part.clusters_U for part in parts]
-    # 2. The documents of all batches: 0 where a batch has not touched a cluster.
+    clusters_BK = torch.cat([part.clusters_BK for part in parts])
+    dz_BKF = torch.cat([part.dz_BKF for part in parts])
     x_BD = torch.cat([part.x_BD for part in parts])
-    n_touched = n_clusters if clusters_U is None else len(clusters_U)
-    dz_BUF = parts[0].dz_BUF.new_zeros(len(x_BD), n_touched, parts[0].dz_BUF.shape[2])
-    documents = dz_BUF.split([len(part.x_BD) for part in parts])
-    for own_BUF, place, part in zip(documents, places, parts, strict=True):
-        if place is None:
-            own_BUF.copy_(part.dz_BUF)
-        else:
-            own_BUF.index_copy_(1, place, part.dz_BUF)
-    return Factors(clusters_U, dz_BUF, x_BD)
+    return Factors(clusters_BK, dz_BKF, x_BD, parts[0].n_clusters)
 
 
 def squares_of_features(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
@@ -304,14 +303,26 @@ class RowAdam(torch.optim.Optimizer):
             for weight in group["params"]:
                 parts = weight.__dict__.pop("factors", [])
                 if parts:
-                    clusters_U, dz_BUF, x_BD = put_together(parts, len(weight))
-                    # One factor divided by the scale is the whole gradient divided by it.
-                    gradient = Factors(clusters_U, dz_BUF, x_BD / scale)
-                    self.update(weight, gradient, group["lr"], group["weight_decay"])
+                    gradient = one_batch(parts)
+                    self.update(weight, gradient, scale, group["lr"], group["weight_decay"])
 
-    def update(self, weight: Tensor, gradient: Factors, lr: float, decay: float) -> None:
+    def update(
+        self,
+        weight: Tensor,
+        gradient: Factors,
+        scale: Tensor | float,
+        lr: float,
+        decay: float,
+    ) -> None:
         """One step of a weight (C, F, D), or of a bias (C, F), whose rows have a single feature."""
-        clusters_U, dz_BUF, x_BD = gradient
+        clusters_U, _ = gradient.touched
+        dz_BUF = gradient.dz_BUF
+        x_BD = gradient.x_BD
+        if weight.ndim == 2:
+            # A bias is a weight whose only feature is 1 in every document.
+            dz_BUF = dz_BUF.sum(0, keepdim=True)
+            x_BD = x_BD.new_ones(1, 1)
+        x_BD = x_BD / scale  # one factor divided by it is the whole gradient divided by it
         width = x_BD.shape[1]
         state = self.state[weight]
         if not state:

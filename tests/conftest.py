@@ -27,11 +27,13 @@ def sha256(path: Path) -> str:
 
 def formed(shape, parts):
     """The gradient (C, F, D) of `shape`, or (C, F) of a bias, that factors stand for."""
-    found = parts[0].x_BD.new_zeros(*shape[:2], parts[0].x_BD.shape[1])
-    for clusters_U, dz_BUF, x_BD in parts:
-        if clusters_U is None:  # all of them
-            clusters_U = torch.arange(len(found))
-        found.index_add_(0, clusters_U, torch.einsum("buf,bd->ufd", dz_BUF, x_BD))
+    is_bias = len(shape) == 2
+    width = 1 if is_bias else shape[2]
+    found = parts[0].x_BD.new_zeros(*shape[:2], width)
+    for part in parts:
+        x_BD = torch.ones_like(part.x_BD[:, :1]) if is_bias else part.x_BD
+        for clusters_K, dz_KF, x_D in zip(part.clusters_BK, part.dz_BKF, x_BD, strict=True):
+            found.index_add_(0, clusters_K, dz_KF[..., None] * x_D)
     return found.view(shape)
 
 

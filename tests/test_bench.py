@@ -34,10 +34,12 @@ def test_what_a_gpu_is_to_show_runs_on_a_cpu(tmp_path):
     )
     for name in ("step", "predict"):
         rows = rows_of(tmp_path / f"{name}-cpu.json")
-        # Memory is what the process grew by, which at this size may be nothing, or less.
-        assert len(rows) > 5 and all(
-            np.isfinite(value) and (value >= 0 or "peak" in name) for name, value in rows.items()
-        ), rows
+        assert len(rows) > 5
+        for what, value in rows.items():
+            # Memory is what the process grew by, and a difference of two times is noise: at this
+            # size both may be nothing, or less.
+            may_be_less = "peak" in what or "full step - encoder-only" in what
+            assert np.isfinite(value) and (value >= 0 or may_be_less), rows
         assert all(what in printed for what in rows)
 
 

@@ -1,6 +1,8 @@
 """The label level: row-wise Adam against a loop over rows, accumulation, loss scaling, rounding.
 ShortlistProduct is tested with the model, in test_model.py."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -15,9 +17,15 @@ def factors(clusters, n_rows, width, seed, n_docs=4):
     gradient.
     """
     rng = torch.Generator().manual_seed(seed)
-    dz_BUF = torch.randn(n_docs, len(clusters), n_rows, generator=rng)
-    dz_BUF[:, :, -1] = 0
-    return Factors(torch.tensor(clusters), dz_BUF, torch.randn(n_docs, width, generator=rng))
+    dz_BKF = torch.randn(n_docs, len(clusters), n_rows, generator=rng)
+    dz_BKF[:, :, -1] = 0
+    return asked(clusters, dz_BKF, torch.randn(n_docs, width, generator=rng))
+
+
+def asked(clusters, dz_BKF, x_BD, n_clusters=9):
+    """Factors of a batch whose documents all ask for the same clusters."""
+    clusters_BK = torch.tensor(clusters).expand(len(dz_BKF), -1)
+    return Factors(clusters_BK, dz_BKF, x_BD, n_clusters)
 
 
 @pytest.mark.parametrize(("shape", "decay"), [((9, 3, 5), 0.1), ((9, 3), 0.0)])
@@ -59,7 +67,7 @@ def test_row_adam_equals_a_loop_over_rows(monkeypatch, shape, decay):
 def step_of(weight, optimizer, parts, scale=1.0):
     """The largest move of a weight, in learning rates, in a step with these factors."""
     before = weight.detach().clone()
-    weight.factors = [part._replace(dz_BUF=part.dz_BUF * scale) for part in parts]
+    weight.factors = [replace(part, dz_BKF=part.dz_BKF * scale) for part in parts]
     optimizer.step(scale=scale)
     assert weight.isfinite().all()
     return float((weight.detach() - before).abs().max()) / optimizer.param_groups[0]["lr"]
@@ -93,7 +101,7 @@ def test_a_row_that_comes_late_moves_no_weight_far(size):
     for step in range(30):
         step_of(weight, optimizer, [factors([4, 0, 7], 3, 8, step)])
     late = factors([8, 1], 3, 8, 99)
-    late.dz_BUF.mul_(size)
+    late.dz_BKF.mul_(size)
     assert 0.5 < step_of(weight, optimizer, [late]) <= label_level.BOUND
 
 
@@ -114,45 +122,47 @@ def test_a_gradient_in_a_single_entry_moves_no_weight_far():
     optimizer = RowAdam([{"params": [weight], "lr": 1e-2}])
     everything = torch.randn(16, 512, generator=torch.Generator().manual_seed(0))
     for _ in range(10):  # all features have a history, from another row
-        step_of(weight, optimizer, [Factors(torch.tensor([0]), torch.ones(16, 1, 1), everything)])
+        step_of(weight, optimizer, [asked([0], torch.ones(16, 1, 1), everything, 2)])
     x_BD = everything[:2].clone()
     x_BD[1] = x_BD[0]
     x_BD[1, 7] += 1
-    one = Factors(torch.tensor([1]), torch.tensor([1.0, -1.0]).view(2, 1, 1), x_BD)
+    one = asked([1], torch.tensor([1.0, -1.0]).view(2, 1, 1), x_BD, 2)
     assert 0.01 < step_of(weight, optimizer, [one]) <= label_level.BOUND
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_batches", [1, 3])
 @pytest.mark.parametrize("shape", [(9, 3, 8), (9, 3)])
-def test_a_step_in_place_over_all_clusters_is_the_step_over_those_touched(shape, n_batches, dtype):
+def test_a_step_in_place_over_all_clusters_is_the_step_over_those_touched(
+    monkeypatch, shape, n_batches, dtype
+):
     """With decay, features that are dead and wake up, accumulated batches, and a scaled loss."""
     width = 8 if len(shape) == 3 else 1
     start = torch.randn(shape, generator=torch.Generator().manual_seed(9)).to(dtype)
-    gathered, in_place, both = (torch.nn.Parameter(start.clone()) for _ in range(3))
+    gathered, in_place = (torch.nn.Parameter(start.clone()) for _ in range(2))
     optimizers = []
-    for weight in (gathered, in_place, both):
+    for weight in (gathered, in_place):
         optimizers.append(RowAdam([{"params": [weight], "lr": 0.1, "weight_decay": 0.1}]))
     for step in range(10):
         parts = [factors([4, 0, 7], 3, width, 10 * step + i) for i in range(n_batches)]
         for part in parts:
             part.x_BD[:, :2] *= 0.0 if step < 5 else 1.0
-            part.dz_BUF.mul_(1024.0)
-        whole = []
-        for part in parts:
-            dz_BCF = part.dz_BUF.new_zeros(len(part.dz_BUF), 9, 3)
-            dz_BCF[:, part.clusters_U] = part.dz_BUF
-            whole.append(Factors(None, dz_BCF, part.x_BD))
+            part.dz_BKF.mul_(1024.0)
+        # 0.95 of the clusters are enough to take all: three of nine are not. With 0 they are.
+        monkeypatch.setattr(label_level, "ENOUGH", {"cpu": 0.95})
         gathered.factors = parts
-        in_place.factors = whole
-        both.factors = [*whole[:1], *parts[1:]]
-        for optimizer in optimizers:
-            optimizer.step(scale=1024.0)
+        optimizers[0].step(scale=1024.0)
+        assert parts[0].touched[0] is not None or n_batches > 1
+        monkeypatch.setattr(label_level, "ENOUGH", {"cpu": 0.0})
+        again = [replace(part) for part in parts]  # which has not asked yet what is touched
+        in_place.factors = again
+        optimizers[1].step(scale=1024.0)
+        assert again[0].touched[0] is None
     untouched = [1, 2, 3, 5, 6, 8]
-    for weight in (in_place, both):
-        # A bfloat16 rounds up or down at random: by up to 1/128 of the weight, in every step.
-        tolerance = 1e-5 if dtype == torch.float32 else 0.3
-        torch.testing.assert_close(weight, gathered, rtol=tolerance, atol=tolerance)
+    # A bfloat16 rounds up or down at random: by up to 1/128 of the weight, in every step.
+    tolerance = 1e-5 if dtype == torch.float32 else 0.3
+    torch.testing.assert_close(in_place, gathered, rtol=tolerance, atol=tolerance)
+    for weight in (in_place, gathered):
         assert torch.equal(weight[untouched], start[untouched])
     for key, value in optimizers[0].state[gathered].items():
         torch.testing.assert_close(optimizers[1].state[in_place][key], value)
@@ -170,18 +180,18 @@ def test_a_step_uses_the_gradient_up():
 
 def test_row_adam_adds_up_what_was_accumulated(monkeypatch):
     """Two batches that share a cluster, of unequal size, are one batch of all their documents."""
-    parts = [factors([4, 1], 3, 5, 0), factors([1, 8, 2], 3, 5, 1, n_docs=2)]
-    clusters_U = torch.tensor([1, 2, 4, 8])
-    monkeypatch.setattr(label_level, "CHUNK", {"cpu": 3 * 3 * 5})  # three of four clusters
-    dz_BUF, x_BD = torch.zeros(6, 4, 3), torch.cat([part.x_BD for part in parts])
-    dz_BUF[:4, [2, 0]], dz_BUF[4:, [0, 3, 1]] = parts[0].dz_BUF, parts[1].dz_BUF
+    parts = [factors([4, 1, 3], 3, 5, 0), factors([1, 8, 2], 3, 5, 1, n_docs=2)]
+    monkeypatch.setattr(label_level, "CHUNK", {"cpu": 3 * 3 * 5})  # three of five clusters
+    whole = label_level.one_batch(parts)
+    assert whole.touched[0].tolist() == [1, 2, 3, 4, 8]
+    torch.testing.assert_close(formed((9, 3, 5), [whole]), formed((9, 3, 5), parts))
+    # The gradient that is spread over the clusters says the same.
+    spread = torch.einsum("buf,bd->ufd", whole.dz_BUF, whole.x_BD)
+    torch.testing.assert_close(spread, formed((9, 3, 5), parts)[[1, 2, 3, 4, 8]])
     results = []
-    for gradient in (parts, [Factors(clusters_U, dz_BUF, x_BD)]):
+    for gradient in (parts, [whole]):
         weight = torch.nn.Parameter(torch.zeros(9, 3, 5))
         weight.factors = gradient
-        whole = label_level.put_together(gradient, len(weight))
-        assert whole.clusters_U.tolist() == clusters_U.tolist()
-        torch.testing.assert_close(formed(weight.shape, [whole]), formed(weight.shape, parts))
         RowAdam([{"params": [weight]}]).step()
         results.append(weight.detach())
     torch.testing.assert_close(*results)
@@ -192,7 +202,10 @@ def test_row_adam_adds_up_what_was_accumulated(monkeypatch):
 def test_what_is_said_of_a_gradient_from_its_factors_is_true(n_batches):
     parts = [factors([4, 1], 3, 5, seed) for seed in range(n_batches)]
     whole = formed((9, 3, 5), parts)
-    clusters_U, dz_BUF, x_BD = label_level.put_together(parts, 9)
+    gradient = label_level.one_batch(parts)
+    clusters_U, _ = gradient.touched
+    dz_BUF = gradient.dz_BUF
+    x_BD = gradient.x_BD
     dz_BR = dz_BUF.flatten(1)
     of_features = label_level.squares_of_features(dz_BUF, x_BD)
     torch.testing.assert_close(of_features, whole.square().sum((0, 1)))
@@ -216,8 +229,8 @@ def test_what_the_loss_was_multiplied_by_does_not_matter():
         weight = torch.nn.Parameter(torch.zeros(9, 3, 5))
         optimizer = RowAdam([{"params": [weight]}])
         for i in range(2):  # and may change from step to step
-            clusters_U, dz_BUF, x_BD = factors([4, 1], 3, 5, i)
-            weight.factors = [Factors(clusters_U, dz_BUF * scale ** (1 - i), x_BD)]
+            part = factors([4, 1], 3, 5, i)
+            weight.factors = [replace(part, dz_BKF=part.dz_BKF * scale ** (1 - i))]
             optimizer.step(scale=torch.tensor(scale ** (1 - i)))
         results.append(weight.detach())
     assert torch.equal(*results)
@@ -243,7 +256,7 @@ def test_row_adam_trains_bf16_rows_below_their_resolution():
     optimizer = RowAdam([{"params": [weight], "lr": 1e-4}])
     torch.manual_seed(0)
     for _ in range(500):
-        weight.factors = [Factors(torch.tensor([2]), torch.ones(1, 1, 3), torch.ones(1, 256))]
+        weight.factors = [asked([2], torch.ones(1, 1, 3), torch.ones(1, 256), 4)]
         optimizer.step()
     assert (
         weight[2].float().mean().item() == pytest.approx(0.95, abs=0.005)
