@@ -100,6 +100,14 @@ class Split(NamedTuple):
     def __len__(self) -> int:
         return len(self.offsets) - 1
 
+    def documents(self, rows: np.ndarray) -> "Split":
+        """A split of some of the documents."""
+        ids = [self.ids[self.offsets[i] : self.offsets[i + 1]] for i in rows]
+        labels = [self.labels[self.label_offsets[i] : self.label_offsets[i + 1]] for i in rows]
+        offsets = np.append(0, np.cumsum([len(part) for part in ids]))
+        label_offsets = np.append(0, np.cumsum([len(part) for part in labels]))
+        return Split(np.concatenate(ids), offsets, np.concatenate(labels), label_offsets)
+
     def label_matrix(self, n_labels: int) -> csr_matrix:
         """Y (N, L), 1 where the document has the label."""
         ones = np.ones(len(self.labels), np.float32)

@@ -57,6 +57,7 @@ COLUMNS = [
 ]  # fmt: skip
 NAMES = {"label": "p(label)", "parent": "p(label) p(cluster)", "path": "product of the path"}
 COSINES = 2**24  # cosines of documents with documents in memory at a time: 64 MB
+MOST_COSINES = 2 * 10**9  # for all documents that get neighbours: ten minutes or so
 
 
 @dataclass(frozen=True)
@@ -70,7 +71,9 @@ class Config:
     )
     batch_size: int = flag(128, "documents predicted at a time", positive)
     propensity: str = flag("0.55,1.5", "constants A,B of the propensity model")
-    seed: int = flag(0, "seed of the choice of documents to show", natural)
+    seed: int = flag(
+        0, "seed of the choice of documents to show, or to find neighbours of", natural
+    )
 
 
 # 1. Metrics. `hit_Nk` says which of the first k predicted labels are correct. Every function gives
@@ -429,9 +432,19 @@ def print_table(config: Config, data: data_stage.Data, found: Predictions, ranki
     # 2. The baselines.
     frequent = most_frequent(train, len(split), n_labels, config.k, known)
     print_row("most frequent labels", frequent)
+    # Neighbours cost test documents x training documents. Where that is too many, some have to do.
+    rows = np.arange(len(split))
+    name = "20 nearest neighbours, TF-IDF"
+    n_affordable = max(1, MOST_COSINES // len(train))
+    if n_affordable < len(split):
+        rng = np.random.default_rng(config.seed)
+        rows = np.sort(rng.choice(len(split), n_affordable, replace=False))
+        name = f"20 neighbours, {n_affordable:,} documents"
+    some = split.documents(rows)
+    known_of_some = None if known is None else known[rows]
     vocab = data.meta["vocab_size"]
-    near = nearest_neighbours(train, split, vocab, n_labels, config.k, known=known)
-    print_row("20 nearest neighbours, TF-IDF", near)
+    near = nearest_neighbours(train, some, vocab, n_labels, config.k, known=known_of_some)
+    print(row(name, metrics(near, some, weight_L)))
     # 3. The cascade.
     for name in model_stage.RANKINGS:
         mark = " *" if name == ranking else ""

@@ -256,3 +256,35 @@ def test_predictions_of_another_split_do_not_replace_those_of_the_test_split(don
     assert (run / "predictions.npz").read_bytes() == before
     arrays, meta = load_npz(run / "predictions.val.npz")
     assert arrays["labels"].shape == (60, 7) and meta["config"]["split"] == "val"
+
+
+def test_a_split_of_some_documents_has_their_tokens_and_labels(done):
+    split = stages.data.load(done).splits["test"]
+    some = split.documents(np.array([3, 0]))
+    assert len(some) == 2
+    for mine, theirs in enumerate((3, 0)):
+        for values, ends in (("ids", "offsets"), ("labels", "label_offsets")):
+            found = getattr(some, values)[getattr(some, ends)[mine] : getattr(some, ends)[mine + 1]]
+            whole = getattr(split, values)
+            expected = whole[getattr(split, ends)[theirs] : getattr(split, ends)[theirs + 1]]
+            assert found.tolist() == expected.tolist()
+
+
+def test_neighbours_of_a_large_split_are_found_for_some_documents(done, capsys, monkeypatch):
+    """Where they would be too many; the row of the table says of how many, and counts those."""
+    loaded = stages.data.load(done)
+    n_train = len(loaded.splits["train"])
+    monkeypatch.setattr(evaluate, "MOST_COSINES", 7 * n_train)
+    evaluate.run(evaluate.Config(run=str(done), k=5))
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "neighbours" in line]
+    assert line.startswith("20 neighbours, 7 documents")
+    rows = np.sort(np.random.default_rng(0).choice(len(loaded.splits["test"]), 7, replace=False))
+    some = loaded.splits["test"].documents(rows)
+    n_labels = len(loaded.names)
+    found = evaluate.nearest_neighbours(
+        loaded.splits["train"], some, loaded.meta["vocab_size"], n_labels, 5
+    )
+    hits = stages.train.hits(found, some)
+    has_labels = np.diff(some.label_offsets) > 0
+    expected = 100 * hits[has_labels, 0].mean()
+    assert float(line.split("documents")[1].split()[0]) == pytest.approx(expected, abs=0.051)

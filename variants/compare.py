@@ -151,7 +151,7 @@ def predictor(run: str, name: str, documents: int) -> Predictor:
     model, settings, ranking = ranker.load_model(at, getattr(module, "build", None))
     # 2. A few documents are enough to measure a speed. The table of labels known beforehand has a
     #    row for every document, so it is left out.
-    few = first(data.splits["test"], documents)
+    few = data.splits["test"].documents(np.arange(documents))
     data = data._replace(splits={**data.splits, "test": few}, known={})
     # 3. How many labels are scored: all slots of the leaf clusters kept. Without cluster levels
     #    that is the root.
@@ -176,16 +176,6 @@ def predictor(run: str, name: str, documents: int) -> Predictor:
         )
 
     return Predictor(predict, scored, size / 1e6)
-
-
-def first(split: stages.data.Split, n: int) -> stages.data.Split:
-    """The first n documents of a split."""
-    # n documents have n + 1 offsets, and the last one says where their tokens end.
-    offsets = split.offsets[: n + 1]
-    label_offsets = split.label_offsets[: n + 1]
-    ids = split.ids[: offsets[-1]]
-    labels = split.labels[: label_offsets[-1]]
-    return stages.data.Split(ids, offsets, labels, label_offsets)
 
 
 # 3. How good it is.
