@@ -151,7 +151,8 @@ def predictor(run: str, name: str, documents: int) -> Predictor:
     model, settings, ranking = ranker.load_model(at, getattr(module, "build", None))
     # 2. A few documents are enough to measure a speed. The table of labels known beforehand has a
     #    row for every document, so it is left out.
-    few = data.splits["test"].documents(np.arange(documents))
+    test = data.splits["test"]
+    few = test.documents(np.arange(min(documents, len(test))))
     data = data._replace(splits={**data.splits, "test": few}, known={})
     # 3. How many labels are scored: all slots of the leaf clusters kept. Without cluster levels
     #    that is the root.
