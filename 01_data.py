@@ -500,22 +500,24 @@ class Batch(NamedTuple):
     # float16. Only where stage 4 has run the encoder before: what came out, for each of the H of
     # its layers that the model reads.
     pooled_BHD: torch.Tensor | None = None
+    # With several GPUs each has some of the documents: their share of all.
+    share: float = 1.0
 
     def to(self, device: torch.device) -> "Batch":
         return move(self, device)
 
 
 def move(batch: tuple, device: torch.device) -> tuple:
-    """A batch of any kind on a device. A field that is None stays None."""
+    """A batch of any kind on a device. A field that is no tensor stays as it is."""
     to_gpu = torch.device(device).type == "cuda"
     moved = []
-    for tensor in batch:
-        if tensor is not None:
+    for field in batch:
+        if isinstance(field, torch.Tensor):
             # From pinned memory, which the system never moves, a copy needs nobody to wait for it.
             if to_gpu:
-                tensor = tensor.pin_memory()
-            tensor = tensor.to(device, non_blocking=True)
-        moved.append(tensor)
+                field = field.pin_memory()
+            field = field.to(device, non_blocking=True)
+        moved.append(field)
     return type(batch)(*moved)
 
 

@@ -46,7 +46,7 @@ are mostly the same mean vector. So from each hidden state the model subtracts i
 corpus, and divides by one number per hidden state, the standard deviation of all its features
 together. (Not one number per feature: some encoders have features that are always zero.)
 
-Left out: ensembles of several trees or encoders, which the paper reports, too; several devices.
+Left out: ensembles of several trees or encoders, which the paper reports, too.
 Shapes   B documents of a batch, T tokens, D width of a feature, H hidden states that are read,
          C clusters of a level; in a head, of the level above, whose children it scores (of the
          first head: 1, the root), F children of each (fan), K of the C kept for a document,

@@ -19,7 +19,9 @@ from nothing, has the second phase only. The features wait in a temporary file o
 No listing shows it, and it is gone when the process ends. It takes 2 bytes x documents x hidden
 states that are read x width.
 
-Left out: a second device.
+With several GPUs: torchrun --nproc-per-node 4 -- 04_train.py --run runs/mine
+(plumbing/several_devices.py; without torchrun, what stands there does nothing).
+
 Shapes   N documents of a split, B documents of a batch, C clusters of a level, D width,
          K clusters kept for a document, H hidden states that are read, P (document, label) pairs,
          k predicted labels
@@ -36,6 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from plumbing import several_devices
 from plumbing.checkpoints import get_state, go_on, save_checkpoint, set_state, start_over
 from plumbing.cli import flag, main, natural, positive, rate, settings, settle
 from plumbing.encoders import set_weights
@@ -45,7 +48,7 @@ from plumbing.known_labels import most_known, without_known
 from plumbing.label_level import RowAdam
 from plumbing.loss_watch import LossWatch
 from plumbing.memory import memory_advice, room_for_training
-from plumbing.precision import choose_amp
+from plumbing.precision import PRECISIONS, choose_amp
 from plumbing.stopping import asked_to_stop
 from plumbing.store import load_pt, save_pt
 from plumbing.training_log import logger
@@ -140,9 +143,11 @@ class Batches:
         return [batches[i] for i in rng.permutation(len(batches))]
 
     def __call__(self, epoch: int, first: int = 0) -> Iterator[data_stage.Batch]:
-        """The batches of an epoch, from number `first` on."""
+        """The batches of an epoch, from number `first` on; with several GPUs, this one's share."""
         for rows in self.rows(epoch)[first:]:
-            yield self.data.batch("train", rows, self.max_len)
+            own_rows, share = several_devices.share(rows)
+            batch = self.data.batch("train", own_rows, self.max_len)
+            yield batch._replace(share=share)
 
 
 # 2. One step, one epoch.
@@ -228,12 +233,13 @@ class Training:
         first_of_step = self.batch // accumulate * accumulate
         together = min(accumulate, self.n_batches - first_of_step)
         # 3. Backward, from the sum of all levels: each level teaches the encoder at once. Shared
-        #    steps take the mean of their batches, so the learning rate need not know of them.
-        loss = losses.sum() / together
+        #    steps take the mean of their batches, so the learning rate need not know of them. With
+        #    several GPUs this is the mean over some of the documents, and counts for their share.
+        loss = losses.sum() * batch.share / together
         self.scaler.scale(loss).backward()
         # 4. What the progress line will say.
         losses = losses.detach()
-        self.sums = self.sums + torch.cat([losses, surplus.view(1)])
+        self.sums = self.sums + torch.cat([losses * batch.share, surplus.view(1)])
         self.seen += 1
         self.batch += 1
         return losses
@@ -244,13 +250,16 @@ class Training:
         share = lr_scale(self.steps, self.total, self.warmup)
         for group, peak_lr in zip(self.groups(), self.peak_lr, strict=True):
             group["lr"] = peak_lr * share
-        # 2. A batch with a huge gradient must not throw the encoder off: cut the gradient's length.
+        # 2. With several GPUs, the gradient of all documents.
+        gradients = [p.grad for p in self.dense_parameters if p.grad is not None]
+        several_devices.add_up(gradients)
+        # 3. A batch with a huge gradient must not throw the encoder off: cut the gradient's length.
         self.scaler.unscale_(self.adam)
         norm = torch.nn.utils.clip_grad_norm_(self.dense_parameters, CLIP)
         # A model without any dense gradient (heads alone, a tree without clusters) has the norm 0,
         # on the CPU.
         self.norm = norm.to(self.device)
-        # 3. The step, of the dense parameters and of the label rows.
+        # 4. The step, of the dense parameters and of the label rows.
         self.scaler.step(self.adam)
         if self.row_adam:
             # The gradient of the labels would be as big as their weights, so it is never built.
@@ -261,7 +270,7 @@ class Training:
             self.row_adam.step(scale=self.scaler.scale(one))
         self.scaler.update()
         self.adam.zero_grad()
-        # 4. Look at what came out, while the next batch is computed.
+        # 5. Look at what came out, while the next batch is computed.
         self.steps += 1
         self.lr = self.peak_lr[-1] * share
         watched = self.norm
@@ -273,6 +282,7 @@ class Training:
     def record(self, batches_per_s: float) -> dict:
         """The record of the log for the batches since the record before."""
         self.watch.check()
+        several_devices.add_up([self.sums])
         *sums, surplus = self.sums.tolist()  # here the device is waited for
         record = {
             "epoch": self.epoch + 1,
@@ -463,19 +473,23 @@ def predict_split(
     # Where labels are known beforehand, predict as many more: k are left when these are taken out.
     known = data.known.get(name)
     more = most_known(known)
-    # 1. Documents of about one length together, as in training: hardly any padding.
+    # 1. Documents of about one length together, as in training: hardly any padding. With several
+    #    GPUs, this one's share of them.
     order = np.argsort(np.diff(data.splits[name].offsets), kind="stable")
+    order, _ = several_devices.share(order)
     parts = []
     for start in range(0, len(order), batch_size):
         rows = order[start : start + batch_size]
         batch = data.batch(name, rows, max_len).to(device)
         parts.append(predict(batch, k + more))
-    # 2. Back into the corpus' order: the inverse of a permutation is what sorts it.
-    back = np.argsort(order)
+    # 2. What all GPUs have found, back in the corpus' order: as the rows are sorted.
+    keys = list(parts[0])
+    by_length = [np.concatenate([part[key] for part in parts]) for key in keys]
+    order, *by_length = several_devices.gather_arrays([order, *by_length])
+    _, back = np.unique(order, return_index=True)
     found = {}
-    for key in parts[0]:
-        by_length = np.concatenate([part[key] for part in parts])
-        found[key] = by_length[back]
+    for key, values in zip(keys, by_length, strict=True):
+        found[key] = values[back]
     # 3. What is known beforehand is no prediction.
     if more:
         for key in list(found):
@@ -535,10 +549,13 @@ def encode(
         for start in tqdm(starts, desc=f"encode {name}", unit=" batches", disable=None):
             if stop():
                 raise KeyboardInterrupt(" while the encoder ran; nothing new was saved")
-            rows = order[start : start + size]
+            # Several GPUs share a batch, and each gets all features: any of them may be needed.
+            rows, _ = several_devices.share(order[start : start + size])
             batch = data.batch(name, rows, config.max_len).to(device)
             pooled = model.pooled(batch)
-            encoded[name][rows] = pooled.half().cpu().numpy()
+            found = [rows, pooled.half().cpu().numpy()]
+            rows, pooled = several_devices.gather_arrays(found)
+            encoded[name][rows] = pooled
     return data._replace(encoded=encoded)
 
 
@@ -665,6 +682,8 @@ def keep_the_best(job: Job, training: Training, result: dict, log: Callable[[dic
     can_judge = len(job.data.splits["val"].labels) > 0
     if totals[ranking] > job.best or not can_judge:
         job.best = totals[ranking]
+        if not several_devices.is_first():
+            return
         content = {
             "config": settings(job.config),
             "ranking": ranking,
@@ -677,6 +696,9 @@ def keep_the_best(job: Job, training: Training, result: dict, log: Callable[[dic
 
 def save_phase(job: Job, phase: str, training: Training) -> None:
     """Write checkpoint.pt: the state of this training, and where in the run it stands."""
+    if not several_devices.is_first():
+        training.watch.check()
+        return
     is_last_phase = phase == "all" or job.config.epochs == 0
     content = {"config": settings(job.config), "cascade": type(job.model).__name__}
     content |= training.state()
@@ -746,13 +768,15 @@ def prepare(
     #    a CPU tries one batch both ways.
     batches = Batches(data, config.batch_size, config.max_len, config.seed)
     example = next(batches(0)).to(device)
-    model.amp = choose_amp(config.amp, model, example)
+    amp = choose_amp(config.amp, model, example)
+    model.amp = several_devices.as_the_first_says(PRECISIONS, amp)
     config = replace(config, amp=model.amp)
     if config.compile:
         model.encoder.compile(dynamic=True)
     # 5. Nothing has failed so far. Only now is a finished training cleared away; one that stopped
     #    on its way is refused.
-    if not config.resume:
+    several_devices.wait_for_all()  # until all have read what there was
+    if not config.resume and several_devices.is_first():
         start_over(out)
     return model, config, state
 
@@ -764,12 +788,12 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
         print("no validation document has a label: the last epoch is kept")
     shown = [f"{key}={value}" for key, value in settings(config).items()]
     print("settings: " + ", ".join(shown), flush=True)
-    torch.manual_seed(config.seed)
+    torch.manual_seed(config.seed + several_devices.number())
 
     log = logger(Path(config.run), config)
     # Ctrl-C is noted, not obeyed at once: the step ends, and a checkpoint is saved.
     with asked_to_stop() as stop:
-        job = Job(model, data, config, log, stop)
+        job = Job(model, data, config, log, several_devices.agreed(stop))
         if state:
             job.best = state["best"]
         else:
@@ -823,4 +847,4 @@ def load(
 
 
 if __name__ == "__main__":
-    main(run, Config, __doc__)
+    main(run, Config, __doc__, several=True)

@@ -40,6 +40,7 @@ from scipy.sparse import csr_matrix
 from tokenizers import Tokenizer
 from tqdm import tqdm
 
+from plumbing import several_devices
 from plumbing.cli import flag, main, natural, pair, positive
 from plumbing.errors import UserError
 from plumbing.known_labels import labels_without_known, most_known
@@ -532,6 +533,8 @@ def run(
     # 3. Predict, and write the predictions.
     with memory_advice(config, len(data.names)):
         found = predict(config, data, model, trained.max_len, ranking)
+    if not several_devices.is_first():
+        return  # with several GPUs, one process writes and speaks
     save(config, found, ranking)
     # 4. Say how good they are.
     print_table(config, data, found, ranking)
@@ -542,4 +545,4 @@ def run(
 
 
 if __name__ == "__main__":
-    main(run, Config, __doc__)
+    main(run, Config, __doc__, several=True)

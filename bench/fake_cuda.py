@@ -190,6 +190,9 @@ def fake_cuda() -> Iterator[None]:
         stack.enter_context(
             mock.patch.object(functional, "scaled_dot_product_attention", attention)
         )
+        # A CPU build has no randomness for CUDA. None stands for the default.
+        no_noise = mock.patch.object(label_level, "noise_of_step", lambda weight, step: None)
+        stack.enter_context(no_noise)
         no_context = property(lambda self: True)  # for a device that is not there
         stack.enter_context(mock.patch.object(FakeTensorMode, "avoid_device_init", no_context))
         stack.enter_context(FakeTensorMode(allow_non_fake_inputs=True))

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from plumbing import several_devices
 from plumbing.errors import UserError
 from plumbing.store import load_pt, save_pt
 from plumbing.training_log import keep_log
@@ -39,7 +40,9 @@ def load_checkpoint(folder: Path) -> dict:
             raise
         state = load_pt(before)[0]
         # Put it first, or the next checkpoint would put the damaged one in its place.
-        os.replace(before, newest)
+        several_devices.wait_for_all()
+        if several_devices.is_first():
+            os.replace(before, newest)
         step = state["steps_before"] + state["step"]
         print(f"{without_advice(error)}; taking the checkpoint before it, of step {step}")
         return state
@@ -80,7 +83,8 @@ def go_on(folder: Path, config: Any, cascade: str) -> tuple[dict, Any]:
             print(f"{without_advice(error)}; the next epoch counts as the best so far")
             state["best"] = -1.0
     step = state["steps_before"] + state["step"]
-    keep_log(folder / "log.jsonl", step)
+    if several_devices.is_first():
+        keep_log(folder / "log.jsonl", step)
     if state["finished"]:
         print("this run has finished; nothing is left to do")
     else:
@@ -143,6 +147,9 @@ def set_state(parts: dict[str, Any], state: dict) -> dict:
                 one.load_state_dict(its)
         else:
             part.load_state_dict(saved)
+    # The randomness is that of the first process. The others keep their own.
+    if not several_devices.is_first():
+        return state
     torch.set_rng_state(state["random"]["cpu"])
     if "cuda" in state["random"] and torch.cuda.is_available():
         torch.cuda.set_rng_state(state["random"]["cuda"])

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from plumbing import several_devices
 from plumbing.errors import UserError
 from plumbing.memory import peak_memory
 from plumbing.precision import set_up_torch
@@ -109,8 +110,10 @@ def pair(text: str, what: str) -> tuple[float, float]:
 # 3. Running a script.
 
 
-def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:
+def main(stage: Callable[[Any], Any], config_class: type, doc: str, several: bool = False) -> None:
     """Run a stage from the command line, and print the time and the memory that it took.
+
+    `several`: whether it may run on several devices, by torchrun.
 
     A UserError ends it with exit code 2 and one line, Ctrl-C with 130.
     """
@@ -119,7 +122,9 @@ def main(stage: Callable[[Any], Any], config_class: type, doc: str) -> None:
     config = parse(config_class, doc)
     set_up_torch()
     try:
+        several_devices.join(several)
         stage(config)
+        several_devices.leave()
     except UserError as error:
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)

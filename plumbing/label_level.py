@@ -26,7 +26,10 @@ them, and the step itself is again one product, added to the weights in place, f
 a time. Batches whose gradients are added up (--accumulate) are one batch of all their documents:
 their factors are put one below the other.
 
-Left out: several devices; momentum, which would be a second number per weight.
+With several devices every process gets the factors of all, and makes the whole step itself.
+
+Left out: label weights that are divided among devices; momentum, which would be a second number per
+weight.
 Shapes   B documents of a batch, D width, C clusters, F children of each (fan), K clusters kept for
          document, U clusters that take part in the batch, R rows (labels): U x F, or n x F of n
          clusters at a time
@@ -40,6 +43,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.optim.optimizer import register_optimizer_step_pre_hook
+
+from plumbing import several_devices
 
 # Weights that are worked on at a time. On a CPU: as many as its caches hold.
 CHUNK = {"cpu": 2**17, "cuda": 2**26}
@@ -192,13 +197,14 @@ def leave(parameter: Tensor, factors: Factors) -> None:
 
 
 def one_batch(parts: list[Factors]) -> Factors:
-    """The sum of several gradients: one batch of all their documents."""
-    if len(parts) == 1:
+    """The sum of several gradients, of this process and of others: one batch of all documents."""
+    if len(parts) == 1 and several_devices.n_processes() == 1:
         return parts[0]
     clusters_BK = torch.cat([part.clusters_BK for part in parts])
     dz_BKF = torch.cat([part.dz_BKF for part in parts])
     x_BD = torch.cat([part.x_BD for part in parts])
-    return Factors(clusters_BK, dz_BKF, x_BD, parts[0].n_clusters)
+    everything = several_devices.gather([clusters_BK, dz_BKF, x_BD])
+    return Factors(*everything, parts[0].n_clusters)
 
 
 def squares_of_features(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
@@ -243,16 +249,24 @@ def bound_of_rows(dz_BR: Tensor, x_BD: Tensor) -> Tensor:
 # 4. The step.
 
 
-def round_stochastically(values: Tensor) -> Tensor:
+def round_stochastically(values: Tensor, generator: torch.Generator | None = None) -> Tensor:
     """bfloat16 of float32, rounded up or down at random, so that the mean is right.
 
     Rounding to the nearest would lose every change of a weight by less than a five-hundredth of it.
     A bfloat16 is the upper half of a float32. Adding a random lower half carries into the upper one
     with just the probability that rounding needs.
     """
-    noise = torch.randint(0, 1 << 16, values.shape, dtype=torch.int32, device=values.device)
+    noise = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+    noise.random_(0, 1 << 16, generator=generator)
     upper_half = (values.view(torch.int32) + noise) & -(1 << 16)
     return upper_half.view(torch.float32).to(torch.bfloat16)
+
+
+def noise_of_step(weight: Tensor, step: int) -> torch.Generator:
+    """Randomness that depends on the step alone: several processes must round alike."""
+    generator = torch.Generator(weight.device)
+    generator.manual_seed(step)
+    return generator
 
 
 class RowAdam(torch.optim.Optimizer):
@@ -299,12 +313,16 @@ class RowAdam(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self, scale: Tensor | float = 1.0) -> None:
         """One step; it uses the gradients up. `scale`: what the loss was multiplied by."""
+        gradients: dict[int, Factors] = {}  # a weight and its bias have the same factors
         for group in self.param_groups:
             for weight in group["params"]:
                 parts = weight.__dict__.pop("factors", [])
-                if parts:
-                    gradient = one_batch(parts)
-                    self.update(weight, gradient, scale, group["lr"], group["weight_decay"])
+                if not parts:
+                    continue
+                key = id(parts[0])
+                if key not in gradients:
+                    gradients[key] = one_batch(parts)
+                self.update(weight, gradients[key], scale, group["lr"], group["weight_decay"])
 
     def update(
         self,
@@ -328,6 +346,11 @@ class RowAdam(torch.optim.Optimizer):
         if not state:
             state["rows"] = torch.zeros(*weight.shape[:2], 2, device=weight.device)  # v and c
             state["features"] = torch.zeros(width, device=weight.device)  # f
+            state["step"] = torch.zeros((), dtype=torch.int64)  # on the CPU: it is read there
+        state["step"] += 1
+        noise = (
+            noise_of_step(weight, int(state["step"])) if weight.dtype == torch.bfloat16 else None
+        )
         # 1. The second moment of the features, and from it a factor for each.
         f_D = state["features"]
         f_D.mul_(self.beta).add_(squares_of_features(dz_BUF, x_BD), alpha=1 - self.beta)
@@ -342,7 +365,7 @@ class RowAdam(torch.optim.Optimizer):
             # 2. The second moment of the rows. lerp_ moves v towards the square and c towards 1, by
             #    1 - beta of the way; not at all in a row without a gradient.
             square_R = squares_of_rows(dz_BR, between_BB) / width
-            here_R = (square_R > 0).float()  # 1 in rows with a gradient
+            here_R = (square_R > 0).to(square_R.dtype)  # 1 in rows with a gradient
             vc_R2 = read(state["rows"], part).view(-1, 2)
             now_R2 = torch.stack([square_R, here_R], 1)
             vc_R2.lerp_(now_R2, (1 - self.beta) * here_R[:, None])
@@ -354,14 +377,16 @@ class RowAdam(torch.optim.Optimizer):
 
             # 4. The step: decay, and one product in place. The gradient dz^T x, with what its rows
             #    are divided by at the factor dz, and what its features are divided by at x.
-            w_RD = read(weight, part).float().view(-1, width)
+            w_RD = read(weight, part).view(-1, width)
+            if weight.dtype == torch.bfloat16:
+                w_RD = w_RD.float()
             w_RD.mul_(1 - lr * decay * here_R[:, None])
             step_BR = dz_BR * (lr * here_R / size_R)
             w_RD.addmm_(step_BR.T, scaled_BD, alpha=-1)
 
             # 5. What is a copy goes back to where it came from.
             if weight.dtype == torch.bfloat16:
-                w_RD = round_stochastically(w_RD)
+                w_RD = round_stochastically(w_RD, noise)
             w_nFD = w_RD.view(-1, *weight.shape[1:])
             if clusters_U is not None:
                 state["rows"].index_copy_(0, part, vc_R2.view(len(part), -1, 2))
@@ -374,7 +399,9 @@ class RowAdam(torch.optim.Optimizer):
         super().load_state_dict(state_dict)  # this turns everything into the weights' type
         # It also fills self.state in the order of the saved one.
         for weight, saved in zip(self.state, state_dict["state"].values(), strict=True):
-            self.state[weight] = {key: value.to(weight.device) for key, value in saved.items()}
+            state = {key: value.to(weight.device) for key, value in saved.items() if key != "step"}
+            state["step"] = saved.get("step", torch.tensor(0)).cpu()  # older files have none
+            self.state[weight] = state
 
 
 def refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

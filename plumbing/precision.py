@@ -10,6 +10,8 @@ import torch
 
 from plumbing.errors import UserError
 
+PRECISIONS = ("bf16", "fp16", "off")
+
 
 def set_up_torch() -> None:
     """Settings that every script wants, before it makes its first tensor."""
@@ -50,7 +52,7 @@ def has_bf16_arithmetic() -> bool | None:
 
 def choose_amp(amp: str, model: Any, batch: Any) -> str:
     """The precision of the encoder, for model.amp. 'auto' becomes what is fast on this device."""
-    if amp not in ("auto", "bf16", "fp16", "off"):
+    if amp not in ("auto", *PRECISIONS):
         raise UserError(f"--amp {amp}: expected bf16, fp16, off or auto")
     if amp == "auto" and batch.ids_BT.is_cuda:
         has_bf16 = torch.cuda.is_bf16_supported(including_emulation=False)

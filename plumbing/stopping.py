@@ -7,6 +7,8 @@ import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
+from plumbing import several_devices
+
 SIGNALS = ("SIGINT", "SIGTERM", "SIGHUP")
 
 
@@ -16,7 +18,8 @@ def asked_to_stop() -> Iterator[Callable[[], bool]]:
     came = []
 
     def note(number: int, frame: Any) -> None:
-        if came:
+        # torchrun passes a Ctrl-C on to processes that have heard of it already.
+        if came and several_devices.n_processes() == 1:
             raise KeyboardInterrupt
         came.append(number)
         print("stopping after this step; once more to stop at once", file=sys.stderr, flush=True)

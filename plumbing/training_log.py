@@ -5,6 +5,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from plumbing import several_devices
 from plumbing.errors import UserError
 from plumbing.store import write_whole
 
@@ -14,6 +15,8 @@ def logger(folder: Path, config: Any) -> Callable[[dict], None]:
     path = folder / "log.jsonl"
 
     def log(record: dict) -> None:
+        if not several_devices.is_first():
+            return
         try:
             with open(path, "a") as file:
                 file.write(json.dumps(record) + "\n")
