@@ -491,8 +491,10 @@ class Cascade(nn.Module):
         if batch.pooled_BHD is not None:
             return batch.pooled_BHD  # stage 4 computed them before: the heads learn first
         encoder = encoder or self.encoder
-        # Only the encoder computes in the precision `amp`. Logits in bf16 would be rounded so much
-        # that many were equal, and the choice among them arbitrary.
+        # Only the encoder computes in the precision `amp`. Logits of clusters in bf16 would be
+        # rounded so much that many were equal, and the choice among them arbitrary. (With
+        # --label-bf16 those of labels are, on a CPU. There nothing is chosen by them in training,
+        # and in prediction labels with equal scores come in any order.)
         dtype = {"off": None, "bf16": torch.bfloat16, "fp16": torch.float16}[self.amp]
         kind = batch.ids_BT.device.type
         with torch.autocast(kind, dtype, enabled=dtype is not None):

@@ -92,7 +92,7 @@ class Config(model_stage.Config):
     )
     accumulate: int = flag(
         1,
-        "batches whose gradients are added up before a step; each of them takes memory",
+        "batches whose gradients are added up before a step; those of labels wait in memory",
         positive,
     )
     compile: bool = flag(
@@ -275,7 +275,8 @@ class Training:
         self.lr = self.peak_lr[-1] * share
         watched = self.norm
         if self.config.amp == "fp16":
-            # A gradient that overflows is no fault here: the scaler skips this step.
+            # A gradient that overflows is no fault here: the scaler skips AdamW's step. (RowAdam has
+            # taken it: the heads compute in float32, which does not overflow.)
             watched = torch.zeros_like(self.norm)
         self.watch(losses, watched, self.steps_before + self.steps, self.lr)
 
@@ -395,7 +396,10 @@ def interrupt_if_asked(training: Training, stop: Callable[[], bool]) -> None:
 def fit(
     model: torch.nn.Module, batches: Batches, config: Config, log: Callable[[dict], None]
 ) -> None:
-    """Train a model for config.epochs, and nothing else: no validation, no checkpoints."""
+    """Train a model for config.epochs, and nothing else: no validation, no checkpoints.
+
+    No stage calls it. variants/ and experiments do.
+    """
     training = Training(model, config, len(batches))
     for _ in range(config.epochs):
         train_one_epoch(training, batches, log)

@@ -24,7 +24,7 @@ files) are in no row of the table.
 Left out: pictures, comparisons between runs and their significance, which are in tools/.
 Shapes   N documents of a split, L labels, V words of the vocabulary, B documents of a batch,
          C clusters, F children of each (fan), D width, P (document, label) pairs,
-         k labels predicted, M labels scored
+         k labels predicted, M labels scored, n a part of the clusters
 """
 
 import time

@@ -365,7 +365,7 @@ def measure(n_labels: int, levels: list[int], topk: list[int], shape, args, row)
     held = sum(parameter.nbytes for parameter in model.parameters())
     for optimizer in optimizers:
         for state in optimizer.state.values():
-            held += sum(value.nbytes for value in state.values())
+            held += sum(value.nbytes for value in state.values() if torch.is_tensor(value))
     target = "GPU: <= 7 at 670K, <= 12 at 3M"
     row(f"{name}: peak memory of a step, GiB", peak / 2**30, target)
     row(f"{name}: of these weights and optimiser states, GiB", held / 2**30)

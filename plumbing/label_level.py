@@ -12,9 +12,9 @@ it is still cheaper than gathering weights for every document, which would be (B
 
 How large is U? 64 documents that keep 400 of 65,536 clusters each keep 25,600 together at most, and
 fewer if their shortlists overlap. A CPU counts them. A GPU would have to be waited for, so there U
-is the most that it can be. Where this is nearly everything, as with 768 kept clusters, all clusters
-take part: to read them in order is cheaper than to gather three quarters of them. Whatever takes
-part and was on no shortlist has the gradient 0, and stays as it is.
+is the most that it can be. With 768 kept clusters this is 49,152, and then all clusters take part:
+to read them in order is cheaper than to gather three quarters of them (ENOUGH). Whatever takes part
+and was on no shortlist has the gradient 0, and stays as it is.
 
 Backward. Let dz be the gradient of the logits, scattered into (B, U, F). Then
 
@@ -48,8 +48,9 @@ from plumbing import several_devices
 
 # Weights that are worked on at a time. On a CPU: as many as its caches hold.
 CHUNK = {"cpu": 2**17, "cuda": 2**26}
-# From this share of clusters on all of them take part: whoever takes all need not gather. A GPU
-# waits for memory, and to gather costs it three times as much as to read. A CPU computes.
+# From this share of clusters on all of them take part: whoever takes all need not gather. On a GPU
+# memory is what takes the time, and to gather is to read, write, and read again: three times as
+# much as to read. On a CPU arithmetic is, and every cluster that nobody asked for costs it.
 ENOUGH = {"cpu": 0.95, "cuda": 0.4}
 BOUND = 30.0  # learning rates that a weight moves in one step at most; why 30: RowAdam
 FLOOR = 1e-3  # of the mean: what is added to the squares of every feature
@@ -61,7 +62,8 @@ FLOOR = 1e-3  # of the mean: what is added to the squares of every feature
 def touched(clusters_BK: Tensor, n_clusters: int, wait: bool) -> tuple[Tensor | None, Tensor]:
     """(clusters (U,) that occur in the batch, place (B, K) of each document's clusters among them).
 
-    Where nearly all occur, None stands for all C clusters, each at the place of its number.
+    From the share ENOUGH of the C clusters on, None stands for all of them, each at the place of
+    its number.
 
     To count those that occur, one would have to wait for a GPU. Without `wait`, U is the most that
     there can be, min(B * K, C): the places left over are filled up with others.
@@ -111,9 +113,16 @@ def chunk_of(weight: Tensor) -> int:
 
 
 def product(x_BD: Tensor, weight_CFD: Tensor, bias_CF: Tensor) -> Tensor:
-    """Logits (B, C, F) of all the clusters given: one product, in the precision of the weights."""
-    weight_RD = weight_CFD.flatten(0, 1)
-    logits_BR = x_BD.to(weight_CFD.dtype) @ weight_RD.T
+    """Logits (B, C, F) of all the clusters given: one product, in the precision of the weights.
+
+    Of bfloat16 weights, a GPU adds up in float32 and gives that. A CPU rounds the logits, too.
+    """
+    weight_DR = weight_CFD.flatten(0, 1).T
+    x_BD = x_BD.to(weight_CFD.dtype)
+    if x_BD.is_cuda and x_BD.dtype == torch.bfloat16:
+        logits_BR = torch.mm(x_BD, weight_DR, out_dtype=torch.float32)
+    else:
+        logits_BR = x_BD @ weight_DR
     return logits_BR.view(len(x_BD), *bias_CF.shape) + bias_CF
 
 
@@ -222,9 +231,10 @@ def squares_of_features(dz_BUF: Tensor, x_BD: Tensor) -> Tensor:
 def squares_of_rows(dz_BR: Tensor, between_BB: Tensor) -> Tensor:
     """(R,) squares of the gradient, summed over all features: the same the other way round.
 
-    `between_BB` is x x^T. Where documents nearly cancel, rounding leaves a millionth of the square
-    that they could add up to, with TF32 a thousandth. What RowAdam divides by is never so small: it
-    is at least a thirtieth of what they could add up to.
+    `between_BB` is x x^T. A row whose documents nearly cancel gets little but rounding errors here.
+    They decide nothing: RowAdam divides by the cap where that is larger, as it is then. (The error
+    is below a millionth of (sum_b |dz_b| |x_b|)^2, with TF32 below a thousandth. Its root, as the
+    mean over features, is smaller than the cap, which is a thirtieth of sum_b |dz_b| max_d |x_bd|.)
     """
     squares_R = (dz_BR * (between_BB @ dz_BR)).sum(0)
     return squares_R.clamp(min=0)
@@ -290,10 +300,11 @@ class RowAdam(torch.optim.Optimizer):
     the same step, and a row in its first step v / c = g^2. So neither takes a huge step.
 
     Two factors are not the whole second moment, though. A row whose gradient stands in features
-    that are small everywhere else would still go far. So the step of every row is capped: what a
-    row is divided by is at least a BOUNDth of the largest entry that its gradient could have. No
-    weight moves further than BOUND learning rates. `bound_of_rows` looks at what the documents
-    could add up to. In truth they cancel in part, so the cap also slows down rows that needed none.
+    that are small everywhere else would still go far. So the step of every row is capped. After its
+    features are divided, the gradient of a row has a largest entry. What the row is divided by is
+    at least a BOUNDth of what this entry could be. So no weight moves further than BOUND learning
+    rates. `bound_of_rows` looks at what the documents could add up to. In truth they cancel in
+    part, so the cap also slows down rows that needed none.
 
     BOUND must let the rare labels learn. Take a label that one document in ten thousand has. In
     nearly all steps the gradient of its row is tiny. Then the document comes along with a gradient
@@ -346,11 +357,11 @@ class RowAdam(torch.optim.Optimizer):
         if not state:
             state["rows"] = torch.zeros(*weight.shape[:2], 2, device=weight.device)  # v and c
             state["features"] = torch.zeros(width, device=weight.device)  # f
-            state["step"] = torch.zeros((), dtype=torch.int64)  # on the CPU: it is read there
+            state["step"] = 0
         state["step"] += 1
-        noise = (
-            noise_of_step(weight, int(state["step"])) if weight.dtype == torch.bfloat16 else None
-        )
+        noise = None
+        if weight.dtype == torch.bfloat16:
+            noise = noise_of_step(weight, state["step"])
         # 1. The second moment of the features, and from it a factor for each.
         f_D = state["features"]
         f_D.mul_(self.beta).add_(squares_of_features(dz_BUF, x_BD), alpha=1 - self.beta)
@@ -399,9 +410,11 @@ class RowAdam(torch.optim.Optimizer):
         super().load_state_dict(state_dict)  # this turns everything into the weights' type
         # It also fills self.state in the order of the saved one.
         for weight, saved in zip(self.state, state_dict["state"].values(), strict=True):
-            state = {key: value.to(weight.device) for key, value in saved.items() if key != "step"}
-            state["step"] = saved.get("step", torch.tensor(0)).cpu()  # older files have none
-            self.state[weight] = state
+            self.state[weight] = {
+                "rows": saved["rows"].to(weight.device),
+                "features": saved["features"].to(weight.device),
+                "step": saved.get("step", 0),  # older files have none
+            }
 
 
 def refuse(optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:

@@ -1,7 +1,7 @@
 """Train some steps without dropout, and save the weights.
 
-The test of several devices runs this in one process and, by torchrun, in two. Everything is float64;
-with --label-bf16, float32 and bfloat16.
+The test of several devices runs this in one process and, by torchrun, in two. Everything is
+float64; with --label-bf16, float32 and bfloat16.
 
     python tests/fit_a_few_steps.py RUN OUT [--label-bf16]
 """
