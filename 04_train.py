@@ -275,8 +275,8 @@ class Training:
         self.lr = self.peak_lr[-1] * share
         watched = self.norm
         if self.config.amp == "fp16":
-            # A gradient that overflows is no fault here: the scaler skips AdamW's step. (RowAdam has
-            # taken it: the heads compute in float32, which does not overflow.)
+            # A gradient that overflows is no fault here: the scaler skips AdamW's step. (RowAdam
+            # has taken it: the heads compute in float32, which does not overflow.)
             watched = torch.zeros_like(self.norm)
         self.watch(losses, watched, self.steps_before + self.steps, self.lr)
 
