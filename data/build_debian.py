@@ -46,7 +46,7 @@ MIN_SOURCES = 2  # a label used by one source package alone would sit in one spl
 MAX_CHARS = 1500  # keeps the corpus at 6 MB; cuts about one document in a hundred, after a word
 
 
-# --------------------------------------------------------------------------------------- the index
+# ---------------------------------------------------------------------------------------- the index
 
 
 def fetch_index(folder: Path, sources: str) -> tuple[Path, Path]:
@@ -183,7 +183,7 @@ def side(source: str) -> str:
     return "train"
 
 
-# -------------------------------------------------------------------------------------- the corpus
+# --------------------------------------------------------------------------------------- the corpus
 
 
 class Package(NamedTuple):
@@ -317,7 +317,7 @@ def documents_of(by_name: dict[str, Package], kept: set[str], say) -> dict[str, 
     return rows
 
 
-# --------------------------------------------------------------------------------------- the files
+# ---------------------------------------------------------------------------------------- the files
 
 
 def own_label_pairs(documents: list[dict], labels: list[dict]) -> list[tuple[int, int]]:
@@ -369,7 +369,7 @@ def read_index(sources: str) -> tuple[list[dict[str, str]], dict[str, str]]:
     return packages, descriptions
 
 
-# ------------------------------------------------------------------------------------ command line
+# ------------------------------------------------------------------------------------- command line
 
 
 def parse() -> argparse.Namespace:
