@@ -46,6 +46,9 @@ MIN_SOURCES = 2  # a label used by one source package alone would sit in one spl
 MAX_CHARS = 1500  # keeps the corpus at 6 MB; cuts about one document in a hundred, after a word
 
 
+# ---------------------------------------------------------------------------------------- the index
+
+
 def fetch_index(folder: Path, sources: str) -> tuple[Path, Path]:
     """The paths of (Packages, Translation-en) of bookworm, which apt-get fetches into `folder`."""
     apt = apt_command(folder, sources)
@@ -57,20 +60,27 @@ def fetch_index(folder: Path, sources: str) -> tuple[Path, Path]:
 
 def apt_command(folder: Path, sources: str) -> list[str]:
     """apt-get with options that keep it inside `folder`, and with the apt source file, if any."""
+    # apt-get expects this folder to be there already.
     lists = folder / "lists"
-    (lists / "partial").mkdir(parents=True)
+    partial = lists / "partial"
+    partial.mkdir(parents=True)
     options = {
+        # What it fetches goes into our folder, not among the package lists of this machine.
         "Dir::State::Lists": lists,
         "Dir::Cache": folder,
+        # The same corpus on every machine, whatever its processor and its language are.
         "APT::Architecture": "amd64",
         "APT::Architectures": "amd64",
         "Acquire::Languages": "en",
+        # Plain text, since `stanzas` reads the files as they are.
         "Acquire::GzipIndexes": "false",
+        # By default apt-get fetches as a user of its own, who may not write into our folder.
         "APT::Sandbox::User": "root",
     }
     if sources:
         options["Dir::Etc::sourcelist"] = Path(sources).resolve()
-        options["Dir::Etc::sourceparts"] = "-"
+        options["Dir::Etc::sourceparts"] = "-"  # and none of the machine's other source files
+    # Every option is given as -o key=value.
     command = ["apt-get"]
     for key, value in options.items():
         command += ["-o", f"{key}={value}"]
@@ -79,6 +89,8 @@ def apt_command(folder: Path, sources: str) -> list[str]:
 
 def index_file(apt: list[str], created_by: str) -> Path:
     """The one file of bookworm/main that apt-get has fetched of a kind."""
+    # 1. Ask apt-get where it keeps the files of this kind. It knows their names, which depend on
+    #    the mirror.
     filters = [
         "Codename: bookworm",
         "Component: main",
@@ -87,7 +99,12 @@ def index_file(apt: list[str], created_by: str) -> Path:
     ]
     command = [*apt, "indextargets", "--format", "$(FILENAME)", *filters]
     listed = subprocess.run(command, check=True, capture_output=True, text=True)
-    paths = [Path(line) for line in listed.stdout.split("\n") if line and Path(line).exists()]
+    # 2. It also names files that it could not fetch.
+    paths = []
+    for line in listed.stdout.split("\n"):
+        if line and Path(line).exists():
+            paths.append(Path(line))
+    # 3. With several mirrors there are several files, and we would not know which one was meant.
     if len(paths) != 1:
         raise SystemExit(
             f"apt gave {len(paths)} {created_by} files of bookworm/main, expected 1; see --sources"
@@ -98,14 +115,22 @@ def index_file(apt: list[str], created_by: str) -> Path:
 def stanzas(path: Path) -> Iterator[dict[str, str]]:
     """Yield the paragraphs of a Debian control file as {field: value}.
 
+    A paragraph (stanza) describes one package. It ends with an empty line. A line that begins with
+    a blank continues the value above it:
+
+        Package: bash
+        Description-en: GNU Bourne Again SHell
+         Bash is an sh-compatible command language interpreter
+
     Continuation lines keep their newline.
     """
-    fields: dict[str, str] = {}
-    key = ""
+    fields: dict[str, str] = {}  # of the paragraph that is being read
+    key = ""  # the field that a continuation line belongs to
     with open(path, encoding="utf-8") as file:
         for line in file:
             line = line.rstrip("\n")
             if not line:
+                # Several empty lines in a row are no empty paragraphs.
                 if fields:
                     yield fields
                 fields = {}
@@ -114,6 +139,7 @@ def stanzas(path: Path) -> Iterator[dict[str, str]]:
             else:
                 key, _, value = line.partition(":")
                 fields[key] = value.strip()
+    # The last paragraph may have no empty line behind it.
     if fields:
         yield fields
 
@@ -122,20 +148,42 @@ def dependencies(package: dict[str, str]) -> list[str]:
     """The names in Depends and Pre-Depends, sorted, without versions and architectures.
 
     Of several alternatives, "a | b", the first counts.
+
+        Depends: libc6 (>= 2.36), python3:any, exim4 | mail-transport-agent
+        exim4   libc6   python3
     """
-    both = package.get("Depends", "") + "," + package.get("Pre-Depends", "")
+    # Pre-Depends has what must be there even before the package is unpacked.
+    depends = package.get("Depends", "")
+    pre_depends = package.get("Pre-Depends", "")
+    both = depends + "," + pre_depends
     names = set()
     for alternatives in both.split(","):
         first = alternatives.split("|")[0].strip()
+        # Without either field, or behind a last comma, nothing is left.
         if first:
-            names.add(re.split(r"[\s(:\[]", first)[0])
-    return sorted(names - {package["Package"]})
+            # The name ends where a version (, an architecture : or a condition [ begins.
+            name = re.split(r"[\s(:\[]", first)[0]
+            names.add(name)
+    # A package that names itself says nothing.
+    itself = {package["Package"]}
+    return sorted(names - itself)
 
 
 def side(source: str) -> str:
-    """The split of a source package: about 80/10/10."""
-    tenth = int(hashlib.sha256(source.encode()).hexdigest(), 16) % 10
-    return {8: "val", 9: "test"}.get(tenth, "train")
+    """The split of a source package: about 80/10/10.
+
+    A hash instead of a random draw: a package stays in its split when others come or go.
+    """
+    digest = hashlib.sha256(source.encode()).hexdigest()
+    tenth = int(digest, 16) % 10
+    if tenth == 8:
+        return "val"
+    if tenth == 9:
+        return "test"
+    return "train"
+
+
+# --------------------------------------------------------------------------------------- the corpus
 
 
 class Package(NamedTuple):
@@ -154,16 +202,19 @@ def build(
 
     Every drop is said.
     """
+    # 1. The packages. Where one has several versions, the last in the index stays.
     by_name = {}
-    for fields in packages:  # where a package has several versions, the last in the index stays
+    for fields in packages:
         by_name[fields["Package"]] = package_of(fields, descriptions)
     n_dropped = len(packages) - len(by_name)
     say(f"{len(packages)} packages; {n_dropped} second versions dropped")
 
+    # 2. The labels that are worth predicting, and the documents that have one.
     kept = labels_to_keep(by_name, say)
     rows = documents_of(by_name, kept, say)
 
-    # Virtual packages, such as mail-transport-agent, are provided by others and have no text.
+    # 3. The labels' own texts. Virtual packages, such as mail-transport-agent, are provided by
+    #    others and have no text.
     virtual = sum(label not in by_name for label in kept)
     say(f"{virtual} labels are virtual packages or not in the index: their text is their name")
     rows["labels"] = []
@@ -179,15 +230,27 @@ def build(
 def package_of(fields: dict[str, str], descriptions: dict[str, str]) -> Package:
     """A package from its paragraph in the index."""
     name = fields["Package"]
-    source = fields.get("Source", name).split(" ")[0]  # without a version
+    # "Source: glibc (2.36-9)", without the version. A package without this field is built from a
+    # source package of its own name.
+    source = fields.get("Source", name).split(" ")[0]
+    # The full description is in the file of translations, and its md5 says which one it is. The
+    # index itself may have a short one.
     md5 = fields.get("Description-md5", "")
-    description = descriptions.get(md5, fields.get("Description", ""))
+    in_index = fields.get("Description", "")
+    description = descriptions.get(md5, in_index)
+    # The first line is the short description, the lines below it are the long one.
     short, _, long = description.partition("\n")
-    return Package(source, short.strip(), long, dependencies(fields))
+    return Package(
+        source=source,
+        short=short.strip(),
+        long=long,
+        labels=dependencies(fields),
+    )
 
 
 def labels_to_keep(by_name: dict[str, Package], say) -> set[str]:
     """The labels, without those that are too frequent, too rare, or never seen in training."""
+    # 1. On how many documents is each label, and which source packages do these come from?
     frequency = Counter()
     users = defaultdict(set)  # the source packages that depend on a label
     for package in by_name.values():
@@ -195,20 +258,23 @@ def labels_to_keep(by_name: dict[str, Package], say) -> set[str]:
         for label in package.labels:
             users[label].add(package.source)
 
-    # A label on very many documents says little about any of them.
+    # 2. A label on very many documents says little about any of them.
     most = TOO_FREQUENT * len(by_name)
     frequent = {label for label, count in frequency.items() if count > most}
-    # All documents of a label with one source package alone would be in the same split.
+    # 3. All documents of a label with one source package alone would be in the same split.
     rare = {label for label in frequency if len(users[label]) < MIN_SOURCES}
-    # Nothing can be learned about a label that no training document has.
+    # 4. Nothing can be learned about a label that no training document has.
     left = set(frequency) - frequent - rare
     unseen = set()
     for label in left:
-        if not any(side(source) == "train" for source in users[label]):
+        splits = {side(source) for source in users[label]}
+        if "train" not in splits:
             unseen.add(label)
+    # 5. Say what was dropped. The frequent labels are few, so they are named.
+    frequent_names = ", ".join(sorted(frequent))
     say(
         f"{len(frequency)} labels; dropped: {len(frequent)} on more than {TOO_FREQUENT:.0%} of the "
-        f"documents ({', '.join(sorted(frequent))}), {len(rare)} used by fewer than {MIN_SOURCES} "
+        f"documents ({frequent_names}), {len(rare)} used by fewer than {MIN_SOURCES} "
         f"source packages, {len(unseen)} without a training document"
     )
     return left - unseen
@@ -217,8 +283,8 @@ def labels_to_keep(by_name: dict[str, Package], say) -> set[str]:
 def documents_of(by_name: dict[str, Package], kept: set[str], say) -> dict[str, list[dict]]:
     """The documents that have a label, by split."""
     rows: dict[str, list[dict]] = {split: [] for split in SPLITS}
-    n_without = 0
-    n_cut = 0
+    n_without = 0  # documents without a label that is kept
+    n_cut = 0  # texts that are too long
 
     def by_source(name: str) -> tuple[str, str]:
         return by_name[name].source, name
@@ -227,17 +293,23 @@ def documents_of(by_name: dict[str, Package], kept: set[str], say) -> dict[str, 
     # shuffles the documents anyway.
     for name in sorted(by_name, key=by_source):
         package = by_name[name]
+        # 1. Its labels. Without one a document is of no use.
         labels = [label for label in package.labels if label in kept]
         if not labels:
             n_without += 1
             continue
-        # A line with a full stop alone separates paragraphs.
+        # 2. Its text, on one line. In a long description, a line with a full stop alone separates
+        #    paragraphs.
         long = package.long.replace("\n .", " ")
-        text = " ".join(f"{name}: {package.short}. {long}".split())
+        words = f"{name}: {package.short}. {long}".split()
+        text = " ".join(words)
+        # 3. A text that is too long is cut, and the word that the cut goes through is left out.
         if len(text) > MAX_CHARS:
             text = text[:MAX_CHARS].rsplit(" ", 1)[0]
             n_cut += 1
-        rows[side(package.source)].append({"text": text, "labels": labels})
+        # 4. Its split.
+        split = side(package.source)
+        rows[split].append({"text": text, "labels": labels})
     say(
         f"{n_without} documents with no label left dropped; "
         f"{n_cut} texts cut to {MAX_CHARS} characters"
@@ -245,11 +317,15 @@ def documents_of(by_name: dict[str, Package], kept: set[str], say) -> dict[str, 
     return rows
 
 
+# ---------------------------------------------------------------------------------------- the files
+
+
 def own_label_pairs(documents: list[dict], labels: list[dict]) -> list[tuple[int, int]]:
     """(line, label id), both from 0, of the documents that are a label themselves."""
     label_id = {label["name"]: i for i, label in enumerate(labels)}
     pairs = []
     for line, document in enumerate(documents):
+        # A text begins with the name of its package: "name: short description. ..."
         name, _, _ = document["text"].partition(": ")
         if name in label_id:
             pairs.append((line, label_id[name]))
@@ -259,6 +335,7 @@ def own_label_pairs(documents: list[dict], labels: list[dict]) -> list[tuple[int
 def write(path: Path, lines: list[str]) -> None:
     """Gzipped lines; the same lines give the same bytes, whenever they are written."""
     text = "".join(line + "\n" for line in lines)
+    # gzip notes the time of writing (mtime), which must not make a difference.
     path.write_bytes(gzip.compress(text.encode(), compresslevel=9, mtime=0))
 
 
@@ -285,13 +362,18 @@ def read_index(sources: str) -> tuple[list[dict[str, str]], dict[str, str]]:
     with tempfile.TemporaryDirectory() as folder:
         index, translations = fetch_index(Path(folder), sources)
         packages = list(stanzas(index))
+        # The index has the md5 of a description, and the translations have its text.
         descriptions = {}
         for fields in stanzas(translations):
             descriptions[fields["Description-md5"]] = fields["Description-en"]
     return packages, descriptions
 
 
+# ------------------------------------------------------------------------------------- command line
+
+
 def parse() -> argparse.Namespace:
+    """The flags. --help shows the text at the top of this file."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -312,12 +394,15 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     args = parse()
     out = Path(args.out)
+    # 1. The filter files need nothing but the documents that are there.
     if args.only_filters:
         write_filters(out, read(out))
         return
+    # 2. From the package index to documents and labels.
     packages, descriptions = read_index(args.sources)
     out.mkdir(parents=True, exist_ok=True)
     rows = build(packages, descriptions)
+    # 3. Write them, and say how large the corpus is.
     for name, part in rows.items():
         lines = [json.dumps(row, ensure_ascii=False) for row in part]
         write(out / f"{name}.jsonl.gz", lines)

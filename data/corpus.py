@@ -51,7 +51,8 @@ class Documents:
     ) -> None:
         self.corpus = corpus
         self.labels = labels
-        self.label_id = label_ids(corpus, [name for name, _ in labels])
+        names = [name for name, _ in labels]
+        self.label_id = label_ids(corpus, names)
         self.text_limit = text_limit
         self.drops = drops
         self.parts: dict[str, Part] = {}  # by split
@@ -62,13 +63,14 @@ class Documents:
         Without a validation split, `val_share` of the training documents, drawn with `rng`, become
         it. With a `limit` above 0, at most so many of the others, drawn too, are left for training.
         """
-        # A split that has a file of its own has all documents of that file.
+        # 1. A split that has a file of its own has all documents of that file.
         for split in ("val", "test"):
             if split in self.corpus.documents:
                 self.parts[split] = Part(split, None)
 
-        # The training documents may have to give some to validation. Chance decides which,
-        # since the order in a file may mean something: the year, say.
+        # 2. The training documents may have to give some to validation. Chance decides which,
+        #    since the order in a file may mean something: the year, say. Then they are sorted
+        #    again, so that they are read in the order of the file.
         training = self._usable_training_lines()
         if "val" not in self.parts:
             shuffled = rng.permutation(training)
@@ -76,10 +78,11 @@ class Documents:
             self.parts["val"] = Part("train", np.sort(shuffled[:n_val]))
             training = np.sort(shuffled[n_val:])
 
-        # The others are for training, or as many of them as the limit allows.
+        # 3. The others are for training, or as many of them as the limit allows.
         if 0 < limit < len(training):
             self.drops["training documents beyond --limit, left out"] = len(training) - limit
-            training = np.sort(rng.permutation(training)[:limit])
+            shuffled = rng.permutation(training)
+            training = np.sort(shuffled[:limit])
         self.parts["train"] = Part("train", training)
 
     def n_drawn_for_validation(self) -> int:
@@ -90,7 +93,8 @@ class Documents:
     def read(self, split: str) -> Iterator[tuple[str, list[int]]]:
         """Yield (text, label ids) of a split's documents, and count what is left out on the way."""
         drawn = self.parts[split].source != split
-        # What was left out of the training documents is counted once, when they are read.
+        # Validation documents that are drawn come from the file of the training documents, so both
+        # splits read it. What is left out of it is counted once, when training is read.
         drops = Counter() if drawn else self.drops
         return self._read(split, drops)
 
@@ -107,13 +111,15 @@ class Documents:
     def known(self, split: str, n_documents: int) -> csr_matrix:
         """(N, L), true where a filter file says that the document's label is known beforehand."""
         source, lines_N = self.parts[split]
-        if lines_N is None:
+        if lines_N is None:  # all documents of the file
             lines_N = np.arange(n_documents)
-        return formats.read_known(self.corpus.known.get(source), len(self.labels), lines_N)
+        path = self.corpus.known.get(source)
+        return formats.read_known(path, len(self.labels), lines_N)
 
     def _read(self, split: str, drops: Counter) -> Iterator[tuple[str, list[int]]]:
         """Yield (text, label ids) of a split's documents; `drops` counts what is left out."""
         source, lines_N = self.parts[split]
+        # A set of plain numbers, since it is asked about every line of the file.
         chosen = None if lines_N is None else set(lines_N.tolist())
         documents = read_documents(self.corpus, source, self.label_id, self.text_limit, drops)
         for line, text, ids in documents:
@@ -122,8 +128,12 @@ class Documents:
 
     def _usable_training_lines(self) -> np.ndarray:
         """The numbers, from 0, of the training documents with a text and a label."""
-        documents = read_documents(self.corpus, "train", self.label_id, 0, Counter())
-        return np.array([line for line, _, _ in documents], np.int64)
+        # The file is read to its end, and only the numbers are kept. What is left out here is
+        # counted later, when the documents are read for good, so this counter is thrown away.
+        not_counted = Counter()
+        documents = read_documents(self.corpus, "train", self.label_id, 0, not_counted)
+        lines = [line for line, _, _ in documents]
+        return np.array(lines, np.int64)
 
 
 def label_list(corpus: formats.Corpus, folder: str | Path) -> list[tuple[str, str]]:
@@ -134,10 +144,12 @@ def label_list(corpus: formats.Corpus, folder: str | Path) -> list[tuple[str, st
     """
     if corpus.labels is not None:
         return corpus.labels
+    # A label counts wherever it occurs: one that only test documents have gets an id, too.
     found = set()
     for read in corpus.documents.values():
         for document in read():
             found.update(document.labels)
+    # Sorted, since a set has no order and the ids must be the same in every run.
     names = sorted(found, key=formats.natural_order)
     return [(formats.named(folder, name), "") for name in names]
 
@@ -159,7 +171,7 @@ def read_documents(
     counts what is left out or changed. UserError where a label is not in `label_id`.
     """
     for line, document in enumerate(corpus.documents[split]()):
-        # From the labels of the corpus, names or ids, to label ids.
+        # 1. From the labels of the corpus, names or ids, to label ids.
         try:
             ids = sorted({label_id[label] for label in document.labels})
         except KeyError as error:
@@ -170,13 +182,14 @@ def read_documents(
         n_repeated = len(document.labels) - len(ids)
         drops["labels named twice in one document, taken once"] += n_repeated
 
-        # A tokeniser reads UTF-8, which cannot say half a character.
+        # 2. A tokeniser reads UTF-8, which cannot say half a character. JSON can: it may write a
+        #    rare character, such as an emoji, as two halves, and a program may cut between them.
         text = formats.encodable(document.text)
         changed = text != document.text
         drops["texts with half a character, replaced by a question mark"] += changed
 
-        # A model learns nothing from a training document without text or without labels. In the
-        # other splits such a document counts: leaving it out would make the scores look better.
+        # 3. A model learns nothing from a training document without text or without labels. In the
+        #    other splits such a document counts: leaving it out would make the scores look better.
         has_text = bool(document.text.strip())
         if split == "train":
             if not ids:
@@ -186,7 +199,10 @@ def read_documents(
                 drops["training documents without text, left out"] += 1
                 continue
         drops[f"{split} documents without text, kept"] += not has_text
+
+        # 4. The beginning of a text says most about it.
         if text_limit:
-            drops[f"{split} texts cut to {text_limit} characters"] += len(text) > text_limit
+            is_cut = len(text) > text_limit
+            drops[f"{split} texts cut to {text_limit} characters"] += is_cut
             text = text[:text_limit]
         yield line, text, ids

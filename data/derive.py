@@ -52,7 +52,7 @@ from plumbing.cli import natural, positive  # noqa: E402
 from plumbing.errors import UserError  # noqa: E402
 
 SPLITS = ("train", "val", "test")
-LF_NAMES = {"train": "trn", "val": "val", "test": "tst"}
+LF_NAMES = {"train": "trn", "val": "val", "test": "tst"}  # how the LF data sets name their files
 
 
 class Derived(NamedTuple):
@@ -72,17 +72,19 @@ def sample(source: Path, sizes: dict[str, int], seed: int, separator: str = ";")
 
     UserError where a split is missing or has fewer documents.
     """
+    # All labels stay, those too that no document drawn has: so their ids stay the same.
     corpus = formats.open_corpus(source, separator)
     labels = label_list(corpus, source)
     documents = {}
     known = {}
     for split, size in sizes.items():
-        if size == 0:
+        if size == 0:  # the user wants no such split
             continue
         lines = draw(corpus, source, split, size, seed)
         documents[split] = rows_at(lines, corpus, split, labels)
         if split in corpus.known:
             known[split] = known_pairs(corpus, split, len(labels), lines)
+    # Names are easier to read than ids. But they must tell the labels apart.
     by_name = corpus.by_name or names_are_unique(labels)
     return Derived(documents, labels, by_name, known)
 
@@ -91,12 +93,15 @@ def draw(corpus: formats.Corpus, source: Path, split: str, size: int, seed: int)
     """The lines of the documents that are drawn from a split."""
     if split not in corpus.documents:
         raise UserError(f"--{split} {size}: {source} has no {split} split; give --{split} 0")
+    # Nothing says how many documents a file has, so they are counted.
     n = sum(1 for _ in corpus.documents[split]())
     if size > n:
         raise UserError(
             f"--{split} {size}: {source} has {n:,} {split} documents; ask for at most so many"
         )
-    return random.Random(seed).sample(range(n), size)
+    # A generator of its own for each split: the draw of one does not depend on the sizes of others.
+    generator = random.Random(seed)
+    return generator.sample(range(n), size)
 
 
 def rows_at(
@@ -105,11 +110,12 @@ def rows_at(
     """The documents in some lines of a split, in the order of `lines`."""
     # The corpus is read once from top to bottom, and each document goes to its place.
     place = {line: i for i, line in enumerate(lines)}
-    rows: list[dict] = [{}] * len(lines)
+    rows: list[dict] = [{}] * len(lines)  # every place is filled below
     for line, document in enumerate(corpus.documents[split]()):
         if line in place:
             row_labels = named_labels(document, labels, corpus.by_name)
-            rows[place[line]] = {"text": document.text, "labels": row_labels}
+            row = {"text": document.text, "labels": row_labels}
+            rows[place[line]] = row
     return rows
 
 
@@ -117,20 +123,25 @@ def known_pairs(
     corpus: formats.Corpus, split: str, n_labels: int, lines: list[int]
 ) -> list[tuple[int, int]]:
     """The filter pairs of some lines of a split, numbered by their places in `lines`."""
+    # Row i of the matrix belongs to lines[i], so the rows are the new line numbers.
     path = corpus.known.get(split)
-    known = formats.read_known(path, n_labels, np.array(lines, np.int64))
+    lines_N = np.array(lines, np.int64)
+    known = formats.read_known(path, n_labels, lines_N)
     rows, labels = known.nonzero()
     return list(zip(rows.tolist(), labels.tolist(), strict=True))
 
 
 def names_are_unique(labels: list[tuple[str, str]]) -> bool:
-    return len({name for name, _ in labels}) == len(labels)
+    """Whether no two labels have the same name."""
+    different_names = {name for name, _ in labels}
+    return len(different_names) == len(labels)
 
 
 def named_labels(document: formats.Document, labels: list[tuple[str, str]], by_name: bool) -> list:
     """The names of a document's labels; their ids, where names repeat."""
     if by_name:
         return document.labels
+    # Nobody has looked at these ids yet: a negative one would name a label from the end.
     for label in document.labels:
         if not 0 <= label < len(labels):
             raise UserError(
@@ -158,6 +169,7 @@ def eurlex_titles(source: Path) -> Derived:
     known = {}
     for split in ordered(corpus):
         rows = [title_of(document) for document in corpus.documents[split]()]
+        # Which line comes first, which second, and so on: the filter pairs have to move along.
         celex_ids = [row["celex_id"] for row in rows]
         order = sorted(range(len(rows)), key=celex_ids.__getitem__)
         documents[split] = [rows[line] for line in order]
@@ -167,12 +179,18 @@ def eurlex_titles(source: Path) -> Derived:
 
 
 def title_of(document: formats.Document) -> dict:
-    """CELEX id, title and labels of a document; `where` is its file."""
+    """CELEX id, title and labels of a document; `where` is its file.
+
+    The CELEX id is the number that EUR-Lex gives every document of European law.
+    """
+    # The corpus has read this file, but a Document has no room for an id and a title.
     content = Path(document.where).read_text("utf-8-sig")
     number, title = formats.read_json(document.where, content, "celex_id", "title")
     for value in (number, title):
         formats.document(document.where, value, document.labels, str)  # an error unless a string
-    return {"celex_id": number, "text": " ".join(title.split()), "labels": document.labels}
+    # A title may run over several lines.
+    words = title.split()
+    return {"celex_id": number, "text": " ".join(words), "labels": document.labels}
 
 
 # ------------------------------------------------------------------------------------- debian-short
@@ -196,7 +214,7 @@ def debian_short(source: Path) -> Derived:
             rows.append({"text": text, "labels": document.labels})
         documents[split] = rows
         if split in corpus.known:
-            lines = list(range(len(rows)))
+            lines = list(range(len(rows)))  # every document stays in its line
             known[split] = known_pairs(corpus, split, len(corpus.labels), lines)
     return Derived(documents, corpus.labels, True, known)
 
@@ -239,16 +257,20 @@ def check_out(out: Path) -> None:
 
 def files_of(derived: Derived) -> Iterator[tuple[str, list[str]]]:
     """Yield (name of a file, its lines) of the corpus."""
+    # 1. Documents and labels.
     layout = json_lines_files if derived.by_name else lf_files
     yield from layout(derived)
+    # 2. The filter files, where the source has them. They are the same in both layouts.
     for split, pairs in derived.known.items():
-        yield f"filter_labels_{split}.txt.gz", [f"{line} {label}" for line, label in pairs]
+        lines = [f"{line} {label}" for line, label in pairs]
+        yield f"filter_labels_{split}.txt.gz", lines
 
 
 def json_lines_files(derived: Derived) -> Iterator[tuple[str, list[str]]]:
     """The layout in which documents have the names of their labels."""
     for split, rows in derived.documents.items():
-        yield f"{split}.jsonl.gz", [json_line(row) for row in rows]
+        lines = [json_line(row) for row in rows]
+        yield f"{split}.jsonl.gz", lines
     labels = [json_line({"name": name, "text": text}) for name, text in derived.labels]
     yield "labels.jsonl.gz", labels
 
@@ -258,15 +280,18 @@ def lf_files(derived: Derived) -> Iterator[tuple[str, list[str]]]:
     for split, rows in derived.documents.items():
         lines = []
         for row in rows:
+            # A reader of this layout joins title and content, so an empty title adds nothing.
             lf_row = {"title": "", "content": row["text"], "target_ind": row["labels"]}
             lines.append(json_line(lf_row))
         yield f"{LF_NAMES[split]}.json.gz", lines
-    yield "lbl.json.gz", [json_line({"title": name}) for name, _ in derived.labels]
+    titles = [json_line({"title": name}) for name, _ in derived.labels]
+    yield "lbl.json.gz", titles
 
 
 def json_line(row: dict) -> str:
     """UTF-8 cannot say half a character: it becomes a question mark, as in stage 1."""
-    return formats.encodable(json.dumps(row, ensure_ascii=False))
+    text = json.dumps(row, ensure_ascii=False)
+    return formats.encodable(text)
 
 
 def save(derived: Derived, out: Path) -> None:
@@ -276,9 +301,11 @@ def save(derived: Derived, out: Path) -> None:
     try:
         out.mkdir(parents=True, exist_ok=True)
         for name, lines in files_of(derived):
+            # It is noted before it is written: a file that fails halfway is there, too.
             written.append(out / name)
             write(out / name, lines)
     except OSError as error:
+        # Half a corpus would look like a whole one.
         for path in written:
             path.unlink(missing_ok=True)
         raise UserError(
@@ -290,6 +317,7 @@ def save(derived: Derived, out: Path) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """The command and its flags. --help shows the text at the top of this file."""
     parser = argparse.ArgumentParser(
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -298,6 +326,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     names = ("sample", "eurlex-titles", "debian-short")
     commands = parser.add_subparsers(dest="command", required=True, metavar=" | ".join(names))
     for name in names:
+        # Every command has --source and --out. Only `sample` has choices to make.
         command = commands.add_parser(name, allow_abbrev=False)
         command.add_argument(
             "--source", type=Path, required=True, help="folder of the corpus that is there"
@@ -311,6 +340,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def add_sample_flags(command: argparse.ArgumentParser) -> None:
+    """How many documents to draw, and how."""
     command.add_argument("--train", type=positive, default=5000, help="training documents [5000]")
     command.add_argument(
         "--val", type=natural, default=1000, help="documents for validation; 0: none [1000]"
@@ -323,9 +353,12 @@ def add_sample_flags(command: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> None:
+    """Make the corpus that the command asks for, write it, and say how large it is."""
+    # 1. Refuse what cannot work before anything is read, which may take a while.
     if not args.source.is_dir():
         raise UserError(f"--source {args.source}: no such folder; name the folder of a corpus")
-    check_out(args.out)  # before anything is read, which may take a while
+    check_out(args.out)
+    # 2. Make it, in memory.
     if args.command == "sample":
         sizes = {"train": args.train, "val": args.val, "test": args.test}
         derived = sample(args.source, sizes, args.seed, args.separator)
@@ -333,6 +366,7 @@ def run(args: argparse.Namespace) -> None:
         derived = eurlex_titles(args.source)
     else:
         derived = debian_short(args.source)
+    # 3. Write it.
     save(derived, args.out)
     describe(derived)
     print(f"{args.out}: {len(derived.labels):,} labels")
@@ -341,11 +375,14 @@ def run(args: argparse.Namespace) -> None:
 def describe(derived: Derived) -> None:
     """Print how many documents each split has, and how long they are."""
     for split, rows in derived.documents.items():
-        words = np.mean([len(row["text"].split()) for row in rows])
+        n_words = [len(row["text"].split()) for row in rows]
+        mean = np.mean(n_words)
+        # How many labels the filter files say are known, where there are such files.
         pairs = ""
         if split in derived.known:
-            pairs = f", {len(derived.known[split]):,} known labels"
-        print(f"{split:5}  {len(rows):8,} documents   {words:.1f} words each{pairs}")
+            n_pairs = len(derived.known[split])
+            pairs = f", {n_pairs:,} known labels"
+        print(f"{split:5}  {len(rows):8,} documents   {mean:.1f} words each{pairs}")
 
 
 if __name__ == "__main__":

@@ -69,14 +69,18 @@ def open_corpus(folder: Path, separator: str = ";") -> Corpus:
 
     UserError when it is of no known layout, or of one with a part missing.
     """
+    # Each of these functions returns None where the folder is not of its layout. The first that
+    # finds its files wins.
     for recognise in (json_lines, comma_separated, text_pairs, lf, eurlex):
         corpus = recognise(folder, separator)
         if corpus is not None:
             check(corpus, folder)
             return corpus
+    # None of them did: say what is there instead.
     found = "no such folder"
     if folder.is_dir():
-        found = sorted(path.name for path in folder.iterdir())[:8] or "nothing"
+        names = sorted(path.name for path in folder.iterdir())
+        found = names[:8] or "nothing"
     raise UserError(
         f"--corpus {folder}: no corpus is recognised, found {found}; expected train.jsonl.gz and "
         "test.jsonl.gz, or one of the other layouts in data/formats.py"
@@ -85,21 +89,25 @@ def open_corpus(folder: Path, separator: str = ";") -> Corpus:
 
 def check(corpus: Corpus, folder: Path) -> None:
     """UserError unless it has training and test documents, and labels that are told apart."""
+    # 1. Without one of these splits, the later stages have nothing to train on or to measure.
     for split in ("train", "test"):
         if split not in corpus.documents:
             raise UserError(
                 f"{folder} looks like {corpus.layout}, but has no {split} split; data/formats.py "
                 "says what is expected"
             )
+    # 2. The list of labels, where there is one.
     if corpus.labels is None:
         return
     if not corpus.labels:
         raise UserError(f"{folder}: the file of the labels has none, expected at least one")
+    # 3. Where documents name their labels, two labels of one name would be mixed up.
     if corpus.by_name:
         counts = Counter(name for name, _ in corpus.labels)
         twice = [repr(name) for name, count in counts.items() if count > 1]
         if twice:
-            raise UserError(f"{folder}: labels named more than once: {', '.join(twice[:3])}")
+            some = ", ".join(twice[:3])
+            raise UserError(f"{folder}: labels named more than once: {some}")
 
 
 # ------------------------------------------------------------------------------------ finding files
@@ -118,7 +126,10 @@ def by_split(folder: Path, *patterns: str) -> dict[str, Path]:
     """{split: the first file that is there}; {} in a pattern stands for the split's name."""
     found = {}
     for split, words in SPLITS.items():
-        names = [pattern.format(word) for pattern in patterns for word in words]
+        # Every pattern with every word for the split, such as train_texts.txt and trn_texts.txt.
+        names = []
+        for pattern in patterns:
+            names.extend(pattern.format(word) for word in words)
         path = one_of(folder, *names)
         if path:
             found[split] = path
@@ -132,6 +143,8 @@ def known_pairs(folder: Path) -> dict[str, Path]:
 
 def readers(read: Callable, sources: dict) -> dict[str, Callable[[], Iterator[Document]]]:
     """{split: a function without arguments that reads its documents from the first to the last}."""
+    # A function, and no list of documents: a corpus may not fit into memory, and it is read more
+    # than once.
     return {split: partial(read, source) for split, source in sources.items()}
 
 
@@ -144,9 +157,10 @@ def lines(path: Path) -> Iterator[tuple[str, str]]:
     A line comes without its end. UserError where the file cannot be read.
     """
     open_file = gzip.open if path.suffix == ".gz" else open
-    number = 0
+    number = 0  # of the line that was read last, for the errors
     try:
         with open_file(path, "rb") as file:
+            # At most LONGEST bytes at a time: a file without line ends would fill the memory.
             while line := file.readline(LONGEST):
                 number += 1
                 if len(line) == LONGEST:
@@ -168,12 +182,13 @@ def read_json(where: str, text: str, *keys: str) -> list:
     except (KeyError, TypeError):
         expected = ", ".join(keys)
         raise UserError(f"{where}: expected an object with {expected}: {text[:80]!r}") from None
-    except (ValueError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # RecursionError: brackets thousands deep
         raise UserError(f"{where}: no JSON ({error})") from None
 
 
 def document(where: str, text, labels, kind: type) -> Document:
     """UserError unless the text is a string and the labels are a list of `kind`, str or int."""
+    # We ask for the type itself, not with isinstance: in Python, True is an int, too.
     is_sound = isinstance(text, str) and isinstance(labels, list)
     if not is_sound or not all(type(label) is kind for label in labels):
         expected = "names" if kind is str else "ids"
@@ -204,7 +219,8 @@ def joined(parts: Iterable) -> str:
 
 
 def natural_order(name: str) -> tuple:
-    """A key that sorts numbers as numbers, before everything else."""
+    """A key that sorts numbers as numbers, before everything else: 9, 10, then a."""
+    # Tuples are compared from the left. The name comes last, since 7 and 07 are the same number.
     if name.isdecimal():
         return 0, int(name), name
     return 1, 0, name
@@ -225,7 +241,7 @@ def json_lines(folder: Path, separator: str) -> Corpus | None:
             text, labels = read_json(where, line, "text", "labels")
             yield document(where, text, labels, str)
 
-    # Without a list of the labels, stage 1 collects the names that the documents have.
+    # The labels. Without a list of them, stage 1 collects the names that the documents have.
     labels = None
     files = list(paths.values())
     if labels_path:
@@ -258,9 +274,12 @@ def comma_separated(folder: Path, separator: str) -> Corpus | None:
 
     def read(path: Path) -> Iterator[Document]:
         for where, (text, cell) in csv_rows(path, "text", "labels"):
+            # "a; b;" has two labels: nothing stands behind the last separator.
             names = [name.strip() for name in cell.split(separator)]
-            yield Document(where, text, [name for name in names if name])
+            names = [name for name in names if name]
+            yield Document(where, text, names)
 
+    # The labels, as for JSON lines.
     labels = None
     files = list(paths.values())
     if labels_path:
@@ -281,11 +300,13 @@ def csv_rows(path: Path, *columns: str) -> Iterator[tuple[str, list[str]]]:
     # A cell may hold line ends, which lines() takes off, so we put them back.
     reader = csv.reader(line + "\n" for _, line in lines(path))
     try:
+        # 1. Where are the columns? The file may have them in any order, and others beside them.
         header = next(reader, [])
         missing = [column for column in columns if column not in header]
         if missing:
             raise UserError(f"{path} line 1: no column {', '.join(missing)} among {header}")
         places = [header.index(column) for column in columns]
+        # 2. The rows. One may take several lines of the file, and the last of them is named.
         for row in reader:
             where = f"{path} line {reader.line_num}"
             if len(row) != len(header):
@@ -299,7 +320,12 @@ def csv_rows(path: Path, *columns: str) -> Iterator[tuple[str, list[str]]]:
 
 
 def text_pairs(folder: Path, separator: str) -> Corpus | None:
-    """The texts are in one file, a document a line, and their labels in another."""
+    """The texts are in one file, a document a line, and their labels in another.
+
+    AttentionXML, LightXML and PECOS publish their data so. The files are named in several ways, and
+    labels are written in several ways, so we look at what the files hold.
+    """
+    # 1. The files: every split with texts needs labels, too.
     text_paths = by_split(folder, "{}_texts.txt", "{}_raw_texts.txt", "X.{}.txt")
     if not text_paths:
         return None
@@ -310,7 +336,7 @@ def text_pairs(folder: Path, separator: str) -> Corpus | None:
             f"{split}_labels.txt"
         )
 
-    # The labels are listed in a file; without one, they are the columns of the matrices.
+    # 2. Which labels are there? They are listed in a file, or they are the columns of the matrices.
     labels = None
     files = [*text_paths.values(), *label_paths.values()]
     names_path = one_of(folder, "label_texts.txt", "output-items.txt", "Yf.txt")
@@ -325,11 +351,12 @@ def text_pairs(folder: Path, separator: str) -> Corpus | None:
         n_labels = max(Y.shape[1] for Y in matrices.values())
         labels = [(str(i), "") for i in range(n_labels)]
 
-    # With a list of the labels, numbers are ids. Without one, they are names.
+    # 3. With a list of the labels, numbers are ids. Without one, they are names.
     by_name = labels is None
     if labels is not None and not matrices:
         by_name = not all(only_numbers(label_paths[split]) for split in text_paths)
 
+    # 4. Texts and labels are read side by side.
     def read(split: str) -> Iterator[Document]:
         label_path = label_paths[split]
         if split in matrices:
@@ -354,16 +381,20 @@ def side_by_side(
     text_path: Path, label_path: Path, rows: Iterator[tuple[str, list]]
 ) -> Iterator[Document]:
     """Yield a document for each line of texts and row of labels; both have the same number."""
+    # zip_longest gives None for the one that has come to its end. If one file is shorter, lines got
+    # lost somewhere, and texts would get the labels of others.
     for text_line, row in zip_longest(lines(text_path), rows):
         if row is None:
             raise more_lines(text_path, label_path, text_line[0])
         if text_line is None:
             raise more_lines(label_path, text_path, row[0])
+        _, text = text_line
         where, labels = row
-        yield Document(where, text_line[1], labels)
+        yield Document(where, text, labels)
 
 
 def more_lines(longer: Path, shorter: Path, where: str) -> UserError:
+    """The error that says which of two files has ended too soon, and where in the other."""
     return UserError(f"{longer} has more lines than {shorter}, which ends before {where}")
 
 
@@ -387,20 +418,22 @@ def label_lines(path: Path) -> Iterator[tuple[str, list[str]]]:
     labels is left out.
     """
     is_matrix = path.name.startswith("Y.")
-    first = 1 if is_matrix and has_header(path) else 0
+    first = 1 if is_matrix and has_header(path) else 0  # the first line with labels, from 0
     for i, (where, line) in enumerate(lines(path)):
         if i < first:
             continue
         words = line.replace(",", " ").split()
         if is_matrix:
+            # What stands behind the colon is the value in the matrix, which is 1 for every label.
             words = [word.split(":")[0] for word in words]
         yield where, words
 
 
 def has_header(path: Path) -> bool:
     """Whether the first line has two words, and the first of them counts the other lines."""
-    words = []
-    count = 0
+    # A line of two labels looks the same. So only a count that is right makes it a header.
+    words = []  # of the first line
+    count = 0  # lines of the file
     for _, line in lines(path):
         if count == 0:
             words = line.split()
@@ -418,6 +451,8 @@ def matrix(path: Path) -> csr_matrix:
 
 def matrix_rows(path: Path, Y: csr_matrix) -> Iterator[tuple[str, list[int]]]:
     """Yield (file and row from 1, label ids) of a label matrix."""
+    # A sparse matrix has the columns of all rows one after the other in `indices`, and `indptr`
+    # says where each row begins.
     for i, (start, end) in enumerate(pairwise(Y.indptr), 1):
         yield f"{path} row {i}", Y.indices[start:end].tolist()
 
@@ -426,7 +461,10 @@ def matrix_rows(path: Path, Y: csr_matrix) -> Iterator[tuple[str, list[int]]]:
 
 
 def lf(folder: Path, separator: str) -> Corpus | None:
-    """Documents have the ids of their labels, under target_ind; labels have a title alone."""
+    """Documents have the ids of their labels, under target_ind; labels have a title alone.
+
+    LF means label features: these data sets have texts for their labels, too.
+    """
     paths = by_split(folder, "{}.json")
     labels_path = one_of(folder, "lbl.json")
     if not labels_path:
@@ -435,8 +473,11 @@ def lf(folder: Path, separator: str) -> Corpus | None:
     def read(path: Path) -> Iterator[Document]:
         for where, line in lines(path):
             title, content, labels = read_json(where, line, "title", "content", "target_ind")
-            yield document(where, joined([title, content]), labels, int)
+            text = joined([title, content])
+            yield document(where, text, labels, int)
 
+    # A title is both the name of a label and its text. Some titles occur twice, and it does no
+    # harm, since the documents have ids.
     labels = []
     for where, line in lines(labels_path):
         (title,) = read_json(where, line, "title")
@@ -464,22 +505,27 @@ def eurlex(folder: Path, separator: str) -> Corpus | None:
         for path in files[split]:
             yield eurlex_document(path)
 
-    # Its labels are the concepts that its documents have; their names stand in a file of their own.
+    # Its labels are concepts of EuroVoc, the thesaurus of the European Union. A document has their
+    # numbers. Their names stand in a file of their own, in the folder or beside it.
     labels = None
     names_path = one_of(folder, "EURLEX57K.json") or one_of(folder.parent, "EURLEX57K.json")
     if names_path:
+        # Which concepts do the documents have? To know it, all of them are read once.
         used = set()
         for split in files:
             for each in read(split):
                 used.update(each.labels)
         labels = eurlex_labels(names_path, used)
+    all_files = []
+    for paths in files.values():
+        all_files.extend(paths)
     return Corpus(
         layout="EURLEX57K",
         documents=readers(read, {split: split for split in files}),
         labels=labels,
         by_name=True,
         known=known_pairs(folder),
-        files=[path for paths in files.values() for path in paths],
+        files=all_files,
     )
 
 
@@ -487,7 +533,9 @@ def eurlex_files(folder: Path) -> dict[str, list[Path]]:
     """{split: its files, one for each document, sorted by name}."""
     found = {}
     for split, words in SPLITS.items():
+        # The first word for the split that names a folder: dev, for validation.
         folders = [folder / word for word in words if (folder / word).is_dir()]
+        # A folder gives its files in no order, so they are sorted: every machine has the same.
         paths = sorted(folders[0].glob("*.json")) if folders else []
         if paths:
             found[split] = paths
@@ -496,15 +544,17 @@ def eurlex_files(folder: Path) -> dict[str, list[Path]]:
 
 def eurlex_document(path: Path) -> Document:
     """The parts of a document, in their order, are its text."""
+    content = path.read_text("utf-8-sig")  # a byte order mark at the beginning is no JSON
     header, recitals, body, attachments, concepts = read_json(
         str(path),
-        path.read_text("utf-8-sig"),
+        content,
         "header",
         "recitals",
         "main_body",
         "attachments",
         "concepts",
     )
+    # The main body is a list of paragraphs, the other parts are strings. Any of them may be null.
     paragraphs = body if isinstance(body, list) else [body]
     text = joined([header, recitals, *paragraphs, attachments])
     return document(str(path), text, concepts, str)
@@ -531,6 +581,7 @@ def read_known(path: Path | None, n_labels: int, lines_N: np.ndarray) -> csr_mat
     Document i of the split stands in line lines_N[i] of the corpus, from 0. Without a file (None)
     nothing is known. UserError where a line of the file is no pair of such numbers.
     """
+    # 1. The pairs in the file.
     rows = []
     labels = []
     for where, line in lines(path) if path else ():
@@ -544,8 +595,13 @@ def read_known(path: Path | None, n_labels: int, lines_N: np.ndarray) -> csr_mat
         rows.append(int(words[0]))
         labels.append(int(words[1]))
 
-    # A matrix with a row for every line that occurs; then the rows of the split are taken out.
-    last_line = max(max(rows, default=-1), lines_N.max(initial=-1))
+    # 2. A matrix with a row for every line that occurs, in the file or in the split.
+    last_in_file = max(rows, default=-1)
+    last_in_split = lines_N.max(initial=-1)
+    last_line = max(last_in_file, last_in_split)
     places = (np.array(rows, np.int64), np.array(labels, np.int32))
-    known = csr_matrix((np.ones(len(rows), bool), places), shape=(last_line + 1, n_labels))
-    return known[lines_N].sorted_indices()
+    ones = np.ones(len(rows), bool)
+    known = csr_matrix((ones, places), shape=(last_line + 1, n_labels))
+    # 3. The rows of the split are taken out, in its order.
+    known_NL = known[lines_N]
+    return known_NL.sorted_indices()
