@@ -270,12 +270,15 @@ def test_a_split_of_some_documents_has_their_tokens_and_labels(done):
             assert found.tolist() == expected.tolist()
 
 
-def test_neighbours_of_a_large_split_are_found_for_some_documents(done, capsys, monkeypatch):
+def test_neighbours_of_a_large_split_are_found_for_some_documents(
+    prepared, done, capsys, monkeypatch
+):
     """Where they would be too many; the row of the table says of how many, and counts those."""
+    (prepared / "model.pt").write_bytes((done / "model.pt").read_bytes())
     loaded = stages.data.load(done)
     n_train = len(loaded.splits["train"])
     monkeypatch.setattr(evaluate, "MOST_COSINES", 7 * n_train)
-    evaluate.run(evaluate.Config(run=str(done), k=5))
+    evaluate.run(evaluate.Config(run=str(prepared), k=5))
     (line,) = [line for line in capsys.readouterr().out.splitlines() if "neighbours" in line]
     assert line.startswith("20 neighbours, 7 documents")
     rows = np.sort(np.random.default_rng(0).choice(len(loaded.splits["test"]), 7, replace=False))
