@@ -40,6 +40,11 @@ def join(may: bool) -> None:
         return
     if not may:
         raise UserError("torchrun is for 04_train.py and 05_eval.py; start this script by python")
+    # Optimisers import this module at their first step. Its functions would then hold the connection
+    # to the other processes as a default value, so that leave() could not close it, and a thread of
+    # the connection could crash while Python ends. Imported before there is one, they hold none.
+    import torch.distributed.nn.functional  # noqa: F401
+
     if torch.cuda.is_available():
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
         distributed.init_process_group("cpu:gloo,cuda:nccl")
