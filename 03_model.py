@@ -625,7 +625,7 @@ class Cascade(nn.Module):
     def param_groups(self, lr: float, lr_encoder: float) -> list[dict]:
         """Parameters for the optimisers, with the paper's weight decay and two learning rates.
 
-        "rows" marks the groups that RowAdam trains: the weights of the labels.
+        "rows" marks the groups that RowAdam trains: the weights of the labels. They do not decay.
         """
         # Which parameters belong to a sparse head?
         rows = set()
@@ -637,12 +637,13 @@ class Cascade(nn.Module):
         for name, parameter in self.named_parameters():
             # Word embeddings from scratch are as new as the heads, and learn at their rate.
             in_encoder = name.startswith("encoder.") and parameter is not self.encoder.table
-            if parameter.ndim == 1 or name.endswith("bias"):
-                decay = 0.0  # biases and normalisations
+            is_row = id(parameter) in rows
+            if is_row or parameter.ndim == 1 or name.endswith("bias"):
+                decay = 0.0  # labels, biases and normalisations
             else:
                 decay = 0.05 if in_encoder else 0.005
             rate = lr_encoder if in_encoder else lr
-            key = (rate, decay, id(parameter) in rows)
+            key = (rate, decay, is_row)
             groups.setdefault(key, []).append(parameter)
         return [
             {"params": parameters, "lr": rate, "weight_decay": decay, "rows": is_rows}

@@ -139,14 +139,23 @@ def get_state(parts: dict[str, Any]) -> dict:
 
 
 def set_state(parts: dict[str, Any], state: dict) -> dict:
-    """Give all that get_state read its state back. What is left says where the training stood."""
+    """Give all that get_state read its state back. What is left says where the training stood.
+
+    UserError if a part has another form than the one that was saved, as in a changed code.
+    """
     for name, part in parts.items():
         saved = state.pop(name)  # or it would stay in memory as long as the training lasts
-        if isinstance(part, list):
-            for one, its in zip(part, saved, strict=True):
-                one.load_state_dict(its)
-        else:
-            part.load_state_dict(saved)
+        try:
+            if isinstance(part, list):
+                for one, its in zip(part, saved, strict=True):
+                    one.load_state_dict(its)
+            else:
+                part.load_state_dict(saved)
+        except (KeyError, ValueError) as error:
+            raise UserError(
+                f"the checkpoint was saved by other code than this, and its {name} does not fit: "
+                f"{error}; go on with that code, or train anew, without --resume"
+            ) from error
     # The randomness is that of the first process. The others keep their own.
     if not several_devices.is_first():
         return state

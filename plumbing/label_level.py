@@ -279,6 +279,25 @@ def noise_of_step(weight: Tensor, step: int) -> torch.Generator:
     return generator
 
 
+def add_product(
+    weight: Tensor,
+    part: slice | Tensor,
+    left_RB: Tensor,
+    right_BD: Tensor,
+    noise: torch.Generator | None,
+) -> None:
+    """Add left @ right to the rows of some clusters, in place."""
+    shape_nFD = (-1, *weight.shape[1:])
+    if weight.dtype == torch.bfloat16:
+        rows_RD = read(weight, part).view(-1, right_BD.shape[1]).float()
+        rows_RD.addmm_(left_RB, right_BD)
+        weight[part] = round_stochastically(rows_RD, noise).view(shape_nFD)
+    elif isinstance(part, slice):
+        weight[part].view(-1, right_BD.shape[1]).addmm_(left_RB, right_BD)
+    else:
+        weight.index_add_(0, part, (left_RB @ right_BD).view(shape_nFD))
+
+
 class RowAdam(torch.optim.Optimizer):
     """Adam for the rows of labels. It reads and writes the clusters that the gradient names.
 
@@ -288,7 +307,7 @@ class RowAdam(torch.optim.Optimizer):
         f <- beta f + (1 - beta) sum_rows(g^2)        how large a feature's gradient is
         v <- beta v + (1 - beta) mean_features(g^2)   how large a row's gradient is
         c <- beta c + (1 - beta) 1                    how much of v has come together
-        w <- w - lr (g / sqrt(v / c * f / mean(f)) + decay w)
+        w <- w - lr g / sqrt(v / c * f / mean(f))
 
     v starts at 0, so it is too small in a row's first steps. c is too small by the same factor, and
     v / c is a true mean over the steps in which the row had a gradient. In f / mean(f) this factor
@@ -313,13 +332,18 @@ class RowAdam(torch.optim.Optimizer):
     of some hundred random numbers does. 30 lets it. Adam does the same: torch's AdamW, whose second
     beta is 0.999 if one says nothing, moves a weight 32 learning rates, over the steps to come.
 
+    There is no weight decay. It would be one more read and write of everything that takes part, and
+    with the decay of the cluster levels nothing that was measured changed (bench/README.md).
+
     A feature may be dead: zero in every document. FLOOR keeps its scale finite, so that rounding
     noise is not blown up. bfloat16 is rounded stochastically.
     """
 
     def __init__(self, groups: list[dict], beta: float = 0.99) -> None:
-        super().__init__(groups, {"lr": 1e-3, "weight_decay": 0.0})
+        super().__init__(groups, {"lr": 1e-3})
         self.beta = beta
+        if any(group.get("weight_decay") for group in self.param_groups):
+            raise ValueError("RowAdam has no weight decay, expected weight_decay 0 in every group")
 
     @torch.no_grad()
     def step(self, scale: Tensor | float = 1.0) -> None:
@@ -333,7 +357,7 @@ class RowAdam(torch.optim.Optimizer):
                 key = id(parts[0])
                 if key not in gradients:
                     gradients[key] = one_batch(parts)
-                self.update(weight, gradients[key], scale, group["lr"], group["weight_decay"])
+                self.update(weight, gradients[key], scale, group["lr"])
 
     def update(
         self,
@@ -341,7 +365,6 @@ class RowAdam(torch.optim.Optimizer):
         gradient: Factors,
         scale: Tensor | float,
         lr: float,
-        decay: float,
     ) -> None:
         """One step of a weight (C, F, D), or of a bias (C, F), whose rows have a single feature."""
         clusters_U, _ = gradient.touched
@@ -386,24 +409,12 @@ class RowAdam(torch.optim.Optimizer):
             size_R = (v_R / c_R.clamp(min=1e-12)).sqrt()
             size_R = torch.maximum(size_R, bound_of_rows(dz_BR, scaled_BD) / BOUND) + 1e-12
 
-            # 4. The step: decay, and one product in place. The gradient dz^T x, with what its rows
-            #    are divided by at the factor dz, and what its features are divided by at x.
-            w_RD = read(weight, part).view(-1, width)
-            if weight.dtype == torch.bfloat16:
-                w_RD = w_RD.float()
-            w_RD.mul_(1 - lr * decay * here_R[:, None])
-            step_BR = dz_BR * (lr * here_R / size_R)
-            w_RD.addmm_(step_BR.T, scaled_BD, alpha=-1)
-
-            # 5. What is a copy goes back to where it came from.
-            if weight.dtype == torch.bfloat16:
-                w_RD = round_stochastically(w_RD, noise)
-            w_nFD = w_RD.view(-1, *weight.shape[1:])
+            # 4. The step is one product: the gradient dz^T x, with what its rows are divided by at
+            #    the factor dz, and what its features are divided by at x.
+            step_BR = dz_BR * (-lr * here_R / size_R)
+            add_product(weight, part, step_BR.T, scaled_BD, noise)
             if clusters_U is not None:
                 state["rows"].index_copy_(0, part, vc_R2.view(len(part), -1, 2))
-                weight.index_copy_(0, part, w_nFD)
-            elif weight.dtype == torch.bfloat16:
-                weight[part] = w_nFD
 
     def load_state_dict(self, state_dict: dict) -> None:
         """Load a state, and keep its numbers float32 where the weights are bfloat16."""

@@ -18,7 +18,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, stages
 
-from plumbing import training_log
+from plumbing import checkpoints, training_log
 from plumbing.errors import UserError
 from plumbing.stopping import asked_to_stop
 from plumbing.store import MADE_BY, load_npz, load_pt
@@ -202,6 +202,15 @@ def test_starting_over_in_a_finished_run_killed_half_way_goes_on_with_neither(co
         train.run(config_of(copied, seed=1))
     monkeypatch.setattr(Path, "unlink", unlink)
     train.run(config_of(copied, seed=1))  # not "go on with --resume"
+
+
+def test_a_checkpoint_of_other_code_says_so():
+    """As a fork that groups the weights otherwise finds it."""
+    weights = [torch.nn.Parameter(torch.zeros(2)) for _ in range(2)]
+    saved = checkpoints.get_state({"optimizers": [torch.optim.AdamW(weights)]})
+    groups = [{"params": [weight]} for weight in weights]
+    with pytest.raises(UserError, match="saved by other code.* its optimizers .*without --resume"):
+        checkpoints.set_state({"optimizers": [torch.optim.AdamW(groups)]}, saved)
 
 
 def test_memory_that_runs_out_is_no_damage(prepared, monkeypatch):
