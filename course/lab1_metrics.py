@@ -19,7 +19,6 @@ k predictions of a document, V words (docs/glossary.md has all).
 """
 
 import sys
-from pathlib import Path
 
 # Start this lab from the folder of the stages, or, as some editors do, from course/.
 sys.path.extend([".", ".."])
@@ -27,6 +26,7 @@ sys.path.extend([".", ".."])
 import numpy as np
 from scipy.sparse import csr_matrix
 
+from course import runs
 from plumbing.stages import load_stages
 
 stages = load_stages()
@@ -132,8 +132,7 @@ def neighbour_votes(
 # %% How long is the tail?
 
 if __name__ == "__main__":
-    if not (Path(RUN) / "data.npz").exists():
-        sys.exit(f"{RUN}/data.npz is missing; run the first command at the top of this lab")
+    runs.need(RUN, "data.npz")
     data = stages.data.load(RUN)
     train = data.splits["train"]
     n_labels = len(data.names)

@@ -3,14 +3,15 @@
 A step has cases: arguments for one function of the lab. The oracle, which is a function of the five
 stages, says what each case should give. Where the student's function gives something else, we look
 for the reason: a step knows some typical mistakes as functions of their own. If such a function
-gives what the student's function gave, its hint fits. Otherwise the step's general hint is shown.
+gives what the student's function gave, its hint fits. Other mistakes show in a property of the
+result, such as halves of unequal size. Otherwise the step's general hint is shown.
 
 A check never ends in a traceback: what goes wrong in a student's function is an answer, too.
 """
 
 import copy
 import traceback
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,6 +33,13 @@ class Mistake(NamedTuple):
     """A typical wrong solution, and the hint for whoever has written it."""
 
     function: Callable
+    hint: str
+
+
+class Sign(NamedTuple):
+    """A property of a wrong result that says what is wrong, whatever its numbers are."""
+
+    test: Callable[..., bool]  # test(result, *arguments of the case)
     hint: str
 
 
@@ -58,6 +66,7 @@ class Step:
     cases: Sequence[Case]
     mistakes: Sequence[Mistake]
     hint: str  # where no typical mistake is recognised
+    signs: Sequence[Sign] = ()
     tolerance: float = 1e-9
     view: Callable[[Any], Any] = unchanged  # the part of a result that counts, such as a sorted one
 
@@ -74,10 +83,10 @@ class Step:
         return None
 
     def answer_to_case(self, function: Callable, case: Case, file: str) -> Answer | None:
-        expected = values_of(self.view(self.oracle(*copy.deepcopy(case.arguments))))
-        # 1. Call the student's function. Its arguments are copies: it may change them.
+        expected = values_of(self.view(result_of(self.oracle, case)))
+        # 1. Call the student's function.
         try:
-            result = function(*copy.deepcopy(case.arguments))
+            result = result_of(function, case)
             if result is None:
                 return Answer(case.what, shown(expected), "None", "does your function return?")
             found = values_of(self.view(result))
@@ -95,18 +104,35 @@ class Step:
         # 3. Is it a mistake that we know? A known mistake may fail on this case: then it is not it.
         for mistake in self.mistakes:
             try:
-                wrong = values_of(self.view(mistake.function(*copy.deepcopy(case.arguments))))
+                wrong = values_of(self.view(result_of(mistake.function, case)))
             except Exception:
                 continue
-            if same(found, wrong, max(self.tolerance, 1e-9)):
+            is_number = not any(np.isnan(array).any() for array in wrong)  # nan has many reasons
+            if is_number and same(found, wrong, max(self.tolerance, 1e-9)):
                 return Answer(case.what, shown(expected), shown(found), mistake.hint)
-        # 4. If not, the shape may say more than the numbers.
+        # 4. Does the result have a property that no right one has?
+        for sign in self.signs:
+            try:
+                shows = sign.test(result, *copy.deepcopy(case.arguments))
+            except Exception:
+                continue
+            if shows:
+                return Answer(case.what, shown(expected), shown(found), sign.hint)
+        # 5. If not, the shape may say more than the numbers.
         hint = self.hint
         shapes = [values.shape for values in expected]
         found_shapes = [values.shape for values in found]
         if shapes != found_shapes:
             hint = f"the shape should be {listed(shapes)} and is {listed(found_shapes)}; {hint}"
         return Answer(case.what, shown(expected), shown(found), hint)
+
+
+def result_of(function: Callable, case: Case) -> Any:
+    """Call a function. Its arguments are copies: it may change them. What it yields is a list."""
+    result = function(*copy.deepcopy(case.arguments))
+    if isinstance(result, Iterator):
+        return list(result)
+    return result
 
 
 def values_of(result: Any) -> list[np.ndarray]:

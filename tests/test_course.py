@@ -6,11 +6,15 @@ import ast
 import re
 import subprocess
 import sys
+from pathlib import Path
 from types import ModuleType
 
 import numpy as np
 import pytest
+import torch
 from conftest import ROOT, make_corpus, stages
+from scipy.sparse import csr_matrix
+from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
 from course import check, toy
 
@@ -110,6 +114,80 @@ def by_votes(X, X_transposed, Y_train, choose):
     return np.stack([choose(row) @ Y_train.toarray() for row in (X @ X_transposed).toarray()])
 
 
+def halves(Z, draws, iterations, at_length_1=True, equal=True):
+    """2-means with a fault: centroids of any length, or halves by the sign of the gap."""
+    a, b = Z[np.argsort(draws)[:2]]
+    for _ in range(iterations):
+        gap = Z @ a - Z @ b
+        order = np.argsort(-gap)
+        n_left = (len(Z) + 1) // 2 if equal else int((gap > 0).sum())
+        left, right = order[:n_left], order[n_left:]
+        a, b = Z[left].mean(axis=0), Z[right].mean(axis=0)
+        if at_length_1:
+            a, b = a / np.linalg.norm(a), b / np.linalg.norm(b)
+    return left, right
+
+
+def fewer_levels(Z, depth, iterations, seed):
+    order, bounds = stages.tree.balanced_kmeans(csr_matrix(Z), depth - 1, iterations, seed)
+    return np.split(order, bounds[1:-1])
+
+
+def places_of_nodes(Z, depth, iterations, seed):
+    """Someone who forgets that two_means numbers the rows of the node, not the labels."""
+    return [leaf % (len(Z) // 2) for leaf in solved(2)["leaves"](Z, depth, iterations, seed)]
+
+
+def padded(leaves, filler, together=False):
+    """Blocks of equal width, filled up with anything, or all labels first."""
+    width = max(len(leaf) for leaf in leaves)
+    blocks = [list(leaf) + [filler] * (width - len(leaf)) for leaf in leaves]
+    flat = np.concatenate(blocks)
+    return np.array(sorted(flat, key=lambda label: label == filler)) if together else flat
+
+
+def pair_by_pair(node_P, doc_P, parents_BK, fan, by_number=False, everyone=False, lost_at_0=False):
+    """Target matching with a fault."""
+    targets = torch.zeros(*parents_BK.shape, fan)
+    for node, document in zip(node_P.tolist(), doc_P.tolist(), strict=True):
+        for row in range(len(parents_BK)) if everyone else [document]:
+            clusters = parents_BK[row].tolist()
+            if by_number:
+                clusters = list(range(len(clusters)))
+            at = clusters.index(node // fan) if node // fan in clusters else None
+            if at is None and lost_at_0:
+                at = 0
+            if at is not None:
+                targets[row, at, node % fan] = 1
+    return targets
+
+
+def layers_with_fault(depth, n_levels, add=0.5, lowest=1):
+    """choose_layers with a fault: cut off instead of rounded, or down to the embeddings."""
+    read = [max(1, int(depth * (6 - n_levels + t + 1) / 6 + add)) for t in range(n_levels)]
+    groups = [[layer] for layer in read]
+    if n_levels > 1 and read[0] > lowest:
+        groups[0] = [read[0] - 1, read[0]]
+    return groups
+
+
+def faulty_descent(model, features, batch, teacher, places=False, masked=True, matched=True):
+    """The descent with a fault: places for clusters, empty slots scored, or never a target."""
+    parents, picked = torch.zeros(len(batch.ids_BT), 1, dtype=torch.int64), None
+    for t, head in enumerate(model.heads):
+        fan = model.counts[t + 1] // model.counts[t]
+        logits, targets = head(features[t], parents), None
+        if masked and t == len(model.topk):
+            logits[model.empty[parents]] = -torch.inf
+        if teacher and matched:
+            nodes = model.nodes(batch.label_P, t)
+            targets = stages.tree.match(nodes, batch.doc_P, parents, fan)
+        yield stages.model.Level(parents, picked, logits, targets)
+        if t < len(model.topk):
+            picked = model.shortlist(t, logits, targets, batch)
+            parents = picked if places else stages.tree.expand(parents, fan).gather(1, picked)
+
+
 RIGHT_PREDICTION = {
     "kept by level 1": [0, 1],
     "scored at level 2": [0, 1, 2, 3],
@@ -129,7 +207,8 @@ WRONG = [
     (0, "node_of", lambda s, n, S: [slot // n for slot in s], "number of slots of one node"),
     (0, "node_of", lambda s, n, S: [slot % n for slot in s], "stand side by side"),
     (0, "node_of", lambda s, n, S: [slot * n / S for slot in s], "// instead of /"),
-    (0, "children", lambda c, F: np.array([[p * F + f for f in range(F) for p in row] for row in c]),
+    (0, "children",
+     lambda c, F: np.array([[p * F + f for f in range(F) for p in row] for row in c]),
      "wrong order"),
     (0, "children", lambda c, F: np.array([[p + f for p in row for f in range(F)] for row in c]),
      "begin at c * fan"),
@@ -178,6 +257,58 @@ WRONG = [
         X, T, Y, lambda c: c * (c <= np.sort(c)[n - 1])), "sorts upwards"),
     (1, "neighbour_votes", lambda X, T, Y, n: by_votes(
         X, T, Y, lambda c: c), "only the nearest"),
+    # Lab 2
+    (2, "label_features", lambda X, Y: Y.T @ X, "bring each row to length 1"),
+    (2, "label_features", lambda X, Y: np.stack([
+        X[Y[:, i].toarray().ravel() > 0].toarray().mean(axis=0) for i in range(Y.shape[1])]),
+     "these are means"),
+    (2, "label_features", lambda X, Y: np.stack([row / row.sum() for row in (Y.T @ X).toarray()]),
+     "root of the sum of squares"),
+    (2, "two_means", lambda Z, r, n: halves(Z, r, n, equal=False), "balanced"),
+    (2, "two_means", lambda Z, r, n: halves(Z, r, n, at_length_1=False), "to length 1"),
+    (2, "two_means", lambda Z, r, n: halves(Z, r, 1), "after one round"),
+    (2, "two_means", lambda Z, r, n: [np.sort(half) for half in halves(Z, r, n)],
+     "falling order of the gap"),
+    (2, "leaves", fewer_levels, "2^depth leaves"),
+    (2, "leaves", places_of_nodes, "missing or twice"),
+    (2, "leaves", lambda *case: solved(2)["leaves"](*case)[::-1], "wrong order"),
+    (2, "lay_out", lambda leaves: padded(leaves, 0), "0 is a label"),
+    (2, "lay_out", lambda leaves: padded(leaves, -1, together=True), "a block of its own"),
+    (2, "lay_out", lambda leaves: [label for leaf in leaves for label in leaf],
+     "the width of the largest"),
+    # Lab 3
+    (3, "match", lambda n, d, p, F: pair_by_pair(n, d, p, F, by_number=True),
+     "look it up in parents_BK"),
+    (3, "match", lambda n, d, p, F: pair_by_pair(n, d, p, F, everyone=True), "whose correct node"),
+    (3, "match", lambda n, d, p, F: pair_by_pair(n, d, p, F, lost_at_0=True), "must be left out"),
+    (3, "shortlist", lambda z, y, k: z.flatten(1).argsort(dim=1, descending=True)[:, :k],
+     "with a target go first"),
+    (3, "shortlist", lambda z, y, k: z.add(0 if y is None else y).flatten(1).topk(k).indices,
+     "1 more does not"),
+    (3, "shortlist", lambda z, y, k: z[:, 0].topk(3).indices, "flatten(1) before topk"),
+    (3, "descend", lambda *case: faulty_descent(*case, places=True), "are places among the"),
+    (3, "descend", lambda *case: faulty_descent(*case, masked=False), "masked_fill"),
+    (3, "descend", lambda *case: faulty_descent(*case, matched=False), "targets_BKF is None"),
+    (3, "descend", lambda model, features, batch, teacher: (yield from
+        stages.model.Cascade.descend(model, features, batch, True)), "unless `teacher` is true"),
+    (3, "nodes_scored", lambda c, k: c[1:], "all nodes of each level"),
+    (3, "nodes_scored", lambda c, k: [c[1]] + k, "are the clusters kept"),
+    (3, "nodes_scored", lambda c, k: [k[t] * (c[t + 2] // c[t + 1]) for t in range(len(k))],
+     "the first level is missing"),
+    # Lab 4
+    (4, "level_loss", lambda z, y: binary_cross_entropy_with_logits(z, y), "summed over"),
+    (4, "level_loss", lambda z, y: (softplus(z) - z * y).sum() / len(z), "no number"),
+    (4, "level_loss", lambda z, y: (softplus(z) - z.where(y > 0, 0)).sum(), "divide by B"),
+    (4, "random_shortlist", lambda noise, y, k: noise.flatten(1).topk(k).indices,
+     "correct candidates go first"),
+    (4, "random_shortlist", lambda noise, y, k: (noise + y).flatten(1).topk(k).indices,
+     "noise has no bounds"),
+    (4, "random_shortlist", lambda noise, y, k: y.flatten(1).argmax(dim=1)[:, None].repeat(1, k),
+     "is there twice"),
+    (4, "choose_layers", lambda depth, n: [
+        [max(1, int(depth * (1 - (n - 1 - t) / 6) + 0.5))] for t in range(n)], "reads two layers"),
+    (4, "choose_layers", lambda depth, n: layers_with_fault(depth, n, add=0), "int(x + 0.5)"),
+    (4, "choose_layers", lambda depth, n: layers_with_fault(depth, n, lowest=0), "begin at 1"),
 ]  # fmt: skip
 
 
@@ -270,11 +401,12 @@ def test_the_command_checks_a_lab_from_the_shell():
 
 @pytest.fixture(scope="module")
 def small_run(tmp_path_factory):
-    """Data and tree of a small corpus, as the labs' commands make them of the demo's."""
+    """What the labs' commands make of the demo's corpus, of a small one."""
     folder = tmp_path_factory.mktemp("course")
     corpus = make_corpus(folder / "corpus")
     stages.data.run(stages.data.Config(run=str(folder), corpus=str(corpus), vocab=400))
     stages.tree.run(stages.tree.Config(run=str(folder), levels="4,8"))
+    stages.train.run(stages.train.Config(run=str(folder), topk="2,4", epochs=1, tiny="1,32"))
     return folder
 
 
@@ -297,3 +429,46 @@ def test_lab_0_runs(capsys):
 def test_lab_1_runs_and_agrees_with_stage_5(small_run, capsys):
     filled(1, solved(1), "__main__", RUN=str(small_run))
     assert capsys.readouterr().out.count("the same as stage 5's") == 2
+
+
+def test_lab_2_runs(small_run, capsys):
+    filled(2, solved(2), "__main__", RUN=str(small_run), TOPK="2,4", EPOCHS=1)
+    printed = capsys.readouterr().out
+    cosines = dict(re.findall(r"^    (plain|stage 2|shuffled) +(0\.\d+)", printed, re.MULTILINE))
+    assert cosines["plain"] == cosines["stage 2"] > cosines["shuffled"]
+    assert re.search(r"^shuffled tree +\d+\.\d +\d+\.\d +\d+\.\d +\d+\.\d$", printed, re.MULTILINE)
+
+
+def test_a_shuffled_tree_is_another_permutation_of_the_same_labels(small_run):
+    trees = [stages.tree.load(run) for run in (small_run, f"{small_run}-shuffled")]
+    assert (trees[0].slot_to_label != trees[1].slot_to_label).any()
+    assert sorted(trees[0].slot_to_label) == sorted(trees[1].slot_to_label)
+
+
+def test_lab_3_runs_and_its_widest_beam_is_exact(small_run, capsys):
+    filled(3, solved(3), "__main__", RUN=str(small_run), BEAMS=["1,1", "2,4", "4,8"])
+    printed = capsys.readouterr().out
+    assert "the beam that keeps everything equals every label" in printed
+    rows = re.findall(r"^ +(\d,\d) +(\d+) +[\d,]+ +([\d.]+) ", printed, re.MULTILINE)
+    assert [row[:2] for row in rows] == [("1,1", "11"), ("2,4", "28"), ("4,8", "52")]
+    recalls = [float(row[2]) for row in rows]
+    assert recalls == sorted(recalls) and recalls[-1] == 100
+
+
+def test_lab_4_runs_and_trains_five_models_that_differ(small_run, capsys):
+    settings = {"TOPK": "2,4", "EPOCHS": 1, "DEEP": "2,32"}
+    filled(4, solved(4), "__main__", RUN=str(small_run), **settings)
+    printed = capsys.readouterr().out
+    for row in ("hard negatives", "random negatives", "hard negatives, no teacher",
+                "a layer for each: 1,2,2", "one layer for all: 2,2,2"):  # fmt: skip
+        assert re.search(rf"^{row} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", printed, re.MULTILINE), row
+    names = ("hard", "random", "no-teacher", "layers", "one-layer")
+    losses = [(Path(f"{small_run}-{name}") / "log.jsonl").read_text() for name in names]
+    last = [re.findall(r'"loss": \[[^]]*\]', log)[-1] for log in losses]
+    assert len(set(last)) == 5
+
+
+def test_a_lab_without_its_run_folder_says_what_is_missing(tmp_path):
+    for lab in (1, 2, 3, 4):
+        with pytest.raises(SystemExit, match="data.npz is missing; run the"):
+            filled(lab, solved(lab), "__main__", RUN=str(tmp_path))
