@@ -4,6 +4,7 @@ import json
 import shutil
 import sys
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 
@@ -43,10 +44,19 @@ def validations(run: str) -> list[dict]:
     return [record for record in records if "validation" in record]
 
 
-def summary(run: str) -> tuple[list[float], list[float]]:
-    """([P@1, P@3, P@5], [shortlist recall of each cluster level]) of a run's best epoch."""
+class Reached(NamedTuple):
+    """A run's best epoch on the validation split, in percent."""
+
+    precision: list[float]  # P@1, P@3, P@5 of the ranking that stage 4 chose
+    by_label: list[float]  # the same, ranked by p(label) alone
+    recall: list[float]  # of the shortlist of each cluster level
+
+
+def reached(run: str) -> Reached:
+    """The best epoch of a training, as stage 4 chooses it: by the sum of P@1, P@3 and P@5."""
     found = []
     for record in validations(run):
-        precision = record["validation"]["P"][record["ranking"]]
-        found.append((precision, record["validation"]["recall"]))
-    return max(found, key=lambda pair: sum(pair[0]))
+        validation = record["validation"]
+        precision = validation["P"][record["ranking"]]
+        found.append(Reached(precision, validation["P"]["label"], validation["recall"]))
+    return max(found, key=lambda epoch: sum(epoch.precision))

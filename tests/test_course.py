@@ -3,9 +3,11 @@ solutions with a hint that fits.
 """
 
 import ast
+import dataclasses
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
@@ -16,7 +18,7 @@ from conftest import ROOT, make_corpus, stages
 from scipy.sparse import csr_matrix
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
-from course import check, toy
+from course import check, toy, worked_numbers
 
 LABS = sorted((ROOT / "course").glob("lab[0-9]_*.py"))
 NUMBERS = range(len(LABS))
@@ -437,9 +439,6 @@ def test_lab_2_runs(small_run, capsys):
     cosines = dict(re.findall(r"^    (plain|stage 2|shuffled) +(0\.\d+)", printed, re.MULTILINE))
     assert cosines["plain"] == cosines["stage 2"] > cosines["shuffled"]
     assert re.search(r"^shuffled tree +\d+\.\d +\d+\.\d +\d+\.\d +\d+\.\d$", printed, re.MULTILINE)
-
-
-def test_a_shuffled_tree_is_another_permutation_of_the_same_labels(small_run):
     trees = [stages.tree.load(run) for run in (small_run, f"{small_run}-shuffled")]
     assert (trees[0].slot_to_label != trees[1].slot_to_label).any()
     assert sorted(trees[0].slot_to_label) == sorted(trees[1].slot_to_label)
@@ -461,7 +460,7 @@ def test_lab_4_runs_and_trains_five_models_that_differ(small_run, capsys):
     printed = capsys.readouterr().out
     for row in ("hard negatives", "random negatives", "hard negatives, no teacher",
                 "a layer for each: 1,2,2", "one layer for all: 2,2,2"):  # fmt: skip
-        assert re.search(rf"^{row} +[\d.]+ +[\d.]+ +[\d.]+ +[\d.]+$", printed, re.MULTILINE), row
+        assert re.search(rf"^{row}( +[\d.]+){{6}}$", printed, re.MULTILINE), row
     names = ("hard", "random", "no-teacher", "layers", "one-layer")
     losses = [(Path(f"{small_run}-{name}") / "log.jsonl").read_text() for name in names]
     last = [re.findall(r'"loss": \[[^]]*\]', log)[-1] for log in losses]
@@ -472,3 +471,103 @@ def test_a_lab_without_its_run_folder_says_what_is_missing(tmp_path):
     for lab in (1, 2, 3, 4):
         with pytest.raises(SystemExit, match="data.npz is missing; run the"):
             filled(lab, solved(lab), "__main__", RUN=str(tmp_path))
+
+
+# 4. The lecture and the page for lecturers.
+
+LECTURE = (ROOT / "course" / "lecture.md").read_text()
+PAGES = [ROOT / "course" / name for name in ("lecture.md", "README.md")]
+FUNCTION = r"`((?:plumbing/|variants/|data/|tools/)?\w+)\.py:\s+([\w.]+)`"
+
+
+def thing_of(file: str, name: str):
+    """The function, method or class that a page names."""
+    thing = import_module(file.replace("/", "."))
+    for part in name.split("."):
+        assert hasattr(thing, part), f"{file}.py has no {name}"
+        thing = getattr(thing, part)
+    return thing
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_functions_that_a_page_names_exist(page):
+    named = re.findall(FUNCTION, page.read_text())
+    assert len(named) >= (30 if page.name == "lecture.md" else 0)
+    for file, name in named:
+        assert callable(thing_of(file, name))
+
+
+def test_every_formula_stands_next_to_the_function_that_computes_it():
+    formulas = re.findall(r"```math\n.*?```\n\n(.*?)\n\n", LECTURE, re.DOTALL)
+    assert len(formulas) == LECTURE.count("```math") >= 15
+    for paragraph in formulas:
+        assert paragraph.startswith("Computed by") and re.search(FUNCTION, paragraph), paragraph
+
+
+@pytest.mark.parametrize("part", worked_numbers.PARTS)
+def test_the_lecture_shows_what_the_command_prints(part, capsys):
+    assert worked_numbers.main([part]) == 0
+    assert f"\n```text\n{capsys.readouterr().out}```\n" in LECTURE
+    assert re.search(rf"`python\s+-m\s+course.worked_numbers\s+{part}`", LECTURE)
+
+
+def test_a_part_that_does_not_exist_is_refused_in_words(capsys):
+    assert worked_numbers.main(["no"]) == 2 and "there are corpus, size" in capsys.readouterr().out
+
+
+def test_the_tree_traced_by_hand_has_the_logits_of_the_command():
+    section = LECTURE[LECTURE.index("**By hand.**") :]
+    picture = section[: section.index("In training:")]
+    rows = re.findall(r"^logit +([-\d. ]+)$", picture, re.MULTILINE)
+    assert [[float(number) for number in row.split()] for row in rows] == worked_numbers.LOGITS
+
+
+def test_the_example_document_is_in_the_corpus():
+    quoted = re.search(r"^> (.*?)\n\n", LECTURE, re.DOTALL | re.MULTILINE)[1].replace("\n> ", " ")
+    splits = ("train", "val", "test")
+    documents = [line for split in splits for line in worked_numbers.lines_of(split)]
+    (found,) = [document for document in documents if document["text"].startswith(quoted)]
+    assert all(f"`{label}`" in LECTURE for label in found["labels"])
+    assert len(found["labels"]) == 2
+
+
+def test_the_table_of_the_family_is_that_of_the_variants_and_the_results():
+    sources = [ROOT / "variants" / "README.md", ROOT / "docs" / "results.md"]
+    measured_lines = [line for source in sources for line in source.read_text().splitlines()]
+    section = LECTURE[LECTURE.index("## 12.") : LECTURE.index("## 13.")]
+    row = r"^\| ([\w+,\- ]+) \| ([\d.]+) \| ([\d.]+) \| ([\d.]+) \|$"
+    rows = re.findall(row, section, re.MULTILINE)
+    assert len(rows) == 6
+    for name, *numbers in rows:
+        measured = [line for line in measured_lines if line.startswith(f"| {name}")]
+        assert any(all(f" {number} " in line for number in numbers) for line in measured), name
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_of_the_course_lead_somewhere(page):
+    for target in re.findall(r"\]\(\s*([^)#\s]+)[^)]*\)", page.read_text()):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page}: {target}"
+
+
+def test_the_readme_leads_to_the_course():
+    assert "(course/README.md)" in (ROOT / "README.md").read_text()
+
+
+def test_the_commands_of_the_labs_have_flags_that_exist():
+    configs = {f"{stage.__name__}.py": stage.Config for stage in vars(stages).values()}
+    pages = "\n".join(page.read_text() for page in (*LABS, *PAGES))
+    commands = re.findall(r"python (0\d_\w+\.py)([^\n`]*)", pages)
+    assert len(commands) > 5
+    for script, words in commands:
+        known = {field.name for field in dataclasses.fields(configs[script])}
+        flags = re.findall(r"--([a-z-]+)", words)
+        assert {flag.replace("-", "_") for flag in flags} <= known, (script, words)
+
+
+def test_the_page_for_lecturers_shows_an_answer_of_the_check(capsys):
+    wrong = next(wrong for lab, step, wrong, hint in WRONG if hint == "wrong order")
+    found = check.answers(filled(0, solved(0, children=wrong)), 0, LABS[0])
+    check.print_answers(0, found)
+    shown = re.search(r"```text\n(step 2.*?)```", PAGES[1].read_text(), re.DOTALL)[1]
+    assert shown in capsys.readouterr().out
