@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 from course.steps import BLANK, Answer, Step, where
 
@@ -78,12 +78,24 @@ def number_of(module: ModuleType, path: Path) -> int:
     return lab
 
 
-def answers(module: ModuleType, lab: int, path: Path) -> dict[str, Answer | None]:
+def answers(module: ModuleType | SimpleNamespace, lab: int, path: Path) -> dict[str, Answer | None]:
     """{step: None if it passes, or what is wrong}."""
     found = {}
     for step in steps_of(lab):
         found[step.name] = step.answer(getattr(module, step.name, None), str(path))
     return found
+
+
+def need_all_steps(lab: int, functions: dict) -> None:
+    """Ends the computing cells of a lab with a sentence unless all of its steps pass.
+
+    Computing with a wrong function would take minutes, and end in numbers that mean nothing.
+    """
+    found = answers(SimpleNamespace(**functions), lab, HERE)
+    open_steps = [name for name, answer in found.items() if answer is not None]
+    if open_steps:
+        names = ", ".join(open_steps)
+        sys.exit(f"first these steps have to pass: {names}; run: python -m course.check {lab}")
 
 
 def print_answers(lab: int, found: dict[str, Answer | None]) -> None:

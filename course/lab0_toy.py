@@ -33,6 +33,9 @@ sys.path.extend([".", ".."])
 
 import numpy as np
 
+from course import check
+from course.toy import CORRECT, toy_cascade, trace
+
 LAB = 0
 
 # %% Step 1: from a slot to the node above it
@@ -103,8 +106,7 @@ def trace_of_training() -> dict[str, list[int]]:
 # %% The same descent, by the real Cascade
 
 if __name__ == "__main__":
-    from course.toy import CORRECT, toy_cascade, trace
-
+    check.need_all_steps(LAB, globals())
     for teacher in (False, True):
         print("training" if teacher else "prediction")
         for name, nodes in trace(toy_cascade(), [CORRECT], teacher).items():

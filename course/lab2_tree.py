@@ -25,7 +25,7 @@ sys.path.extend([".", ".."])
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from course import runs
+from course import check, runs
 from plumbing.stages import load_stages
 
 stages = load_stages()
@@ -118,6 +118,7 @@ def lay_out(leaves_C: list[np.ndarray]) -> np.ndarray:
 # %% How fast is the plain form, and how good are its clusters?
 
 if __name__ == "__main__":
+    check.need_all_steps(LAB, globals())
     runs.need(RUN, "data.npz", "tree.npz", "model.pt")
     data = stages.data.load(RUN)
     train = data.splits["train"]

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from course import runs
+from course import check, runs
 from plumbing.stages import load_stages
 
 stages = load_stages()
@@ -126,6 +126,7 @@ def predict_with(model, topk: list[int]) -> None:
 
 
 if __name__ == "__main__":
+    check.need_all_steps(LAB, globals())
     runs.need(RUN, "data.npz", "tree.npz", "model.pt")
     data = stages.data.load(RUN)
     model, trained, ranking = stages.train.load(RUN, data)

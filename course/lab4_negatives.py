@@ -23,7 +23,7 @@ sys.path.extend([".", ".."])
 import torch
 from torch import Tensor
 
-from course import runs
+from course import check, runs
 from plumbing.stages import load_stages
 
 stages = load_stages()
@@ -127,6 +127,7 @@ def print_table(rows: dict[str, runs.Reached]) -> None:
 
 
 if __name__ == "__main__":
+    check.need_all_steps(LAB, globals())
     runs.need(RUN, "data.npz", "tree.npz")
     print_table(
         {

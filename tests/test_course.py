@@ -370,7 +370,7 @@ def test_an_error_in_a_function_names_the_line_and_is_no_traceback(tmp_path, cap
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("LAB = 1\ndef precision(:\n", "line 2"),
+        ("LAB = 1\ndef precision(:\n", "mine.py, line 2: "),
         ("LAB = 1\nimport no_such_module\n", "ModuleNotFoundError on line 2"),
         ("x = 1\n", "no line such as LAB = 1"),
     ],
@@ -384,6 +384,14 @@ def test_a_function_that_returns_nothing_or_is_gone(tmp_path, capsys):
     status, printed = printed_for("LAB = 1\ndef precision(hit_Nk): pass\n", tmp_path, capsys)
     assert status == 1 and "does your function return?" in printed
     assert "put back: def ndcg(...)" in printed
+
+
+def test_a_loop_that_a_student_interrupts_is_an_answer_and_the_next_steps_are_checked():
+    def endless(hit_Nk):
+        raise KeyboardInterrupt
+
+    found = check.answers(filled(1, solved(1, precision=endless)), 1, LABS[1])
+    assert found["precision"].hint == "does your loop end?" and found["ndcg"] is None
 
 
 @pytest.mark.parametrize("word", ["9", "no_such_file.py"])
@@ -465,6 +473,15 @@ def test_lab_4_runs_and_trains_five_models_that_differ(small_run, capsys):
     losses = [(Path(f"{small_run}-{name}") / "log.jsonl").read_text() for name in names]
     last = [re.findall(r'"loss": \[[^]]*\]', log)[-1] for log in losses]
     assert len(set(last)) == 5
+
+
+@pytest.mark.parametrize("lab", NUMBERS)
+def test_a_lab_computes_nothing_before_its_steps_pass(lab, tmp_path):
+    *first, last = blanks(lab)
+    done = {name: solved(lab)[name] for name in first}
+    said = f"have to pass: {last}; run: python -m course.check {lab}"
+    with pytest.raises(SystemExit, match=said):
+        filled(lab, done, "__main__", RUN=str(tmp_path))
 
 
 def test_a_lab_without_its_run_folder_says_what_is_missing(tmp_path):
