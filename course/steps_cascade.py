@@ -128,7 +128,7 @@ SHORTLIST = Step(
 
 
 # Step 3. Small cascades with random weights; the label tree has an empty slot.
-class Identity(NoEncoder):
+class NeverAsked(NoEncoder):
     """An encoder that is never asked: the batch brings its features."""
 
     width = 4
@@ -139,7 +139,7 @@ def small_cascade(topk: list[int]) -> nn.Module:
     slots = np.array([6, 2, 5, 0, 7, -1, 1, 4, 3, 8, 10, 9], np.int32)
     tree = tree_stage.Tree(slots, [3, 6])
     layers = [[0], [0], [0]]
-    model = model_stage.Cascade(Identity(), tree, topk, layers, join="none")
+    model = model_stage.Cascade(NeverAsked(), tree, topk, layers, join="none")
     for parameter in model.heads.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=numbers))
     return model.eval()
@@ -161,7 +161,7 @@ def descent(topk: list[int], teacher: bool) -> tuple:
     return model, model.features(batch), batch, teacher
 
 
-def with_its_order(levels: list) -> list[Tensor]:
+def sorted_levels(levels: list) -> list[Tensor]:
     """What counts of the levels: for each, parents, logits and targets, sorted by parent.
 
     In which order a shortlist stands does not matter. Where picked_BK leads to, the parents should
@@ -253,7 +253,7 @@ DESCEND = Step(
         ),
     ],
     hint="for each level: logits, targets, yield, and then the clusters kept become the parents",
-    view=with_its_order,
+    view=sorted_levels,
     tolerance=1e-5,
 )
 

@@ -19,8 +19,8 @@ LOGITS = torch.randn(3, 2, 4, generator=numbers) * 2
 TARGETS = (torch.rand(3, 2, 4, generator=numbers) < 0.3).float()
 WITH_EMPTY = LOGITS.clone()
 WITH_EMPTY[:, 1, 3] = -torch.inf
-NO_EMPTY_TARGETS = TARGETS.clone()
-NO_EMPTY_TARGETS[:, 1, 3] = 0
+TARGETS_WITH_EMPTY = TARGETS.clone()
+TARGETS_WITH_EMPTY[:, 1, 3] = 0
 
 
 def level_loss(logits_BKF: Tensor, targets_BKF: Tensor) -> Tensor:
@@ -55,7 +55,7 @@ LEVEL_LOSS = Step(
     oracle=level_loss,
     cases=[
         Case("3 documents, 2 x 4 candidates", (LOGITS, TARGETS)),
-        Case("the same with an empty slot", (WITH_EMPTY, NO_EMPTY_TARGETS)),
+        Case("the same with an empty slot", (WITH_EMPTY, TARGETS_WITH_EMPTY)),
     ],
     mistakes=[
         Mistake(
@@ -84,7 +84,7 @@ LEVEL_LOSS = Step(
 # Step 2
 NOISE = torch.randn(4, 3, 4, generator=numbers)
 CORRECT = (torch.rand(4, 3, 4, generator=numbers) < 0.25).float()
-SAME_NOISE = (NOISE, CORRECT, 5)
+KEEP_FIVE = (NOISE, CORRECT, 5)
 
 
 def by_place(found: Tensor) -> np.ndarray:
@@ -112,7 +112,7 @@ RANDOM_SHORTLIST = Step(
     name="random_shortlist",
     oracle=model_stage.shortlist,
     cases=[
-        Case("4 documents, 3 x 4 candidates, keep 5", SAME_NOISE),
+        Case("4 documents, 3 x 4 candidates, keep 5", KEEP_FIVE),
         Case("the same, keep 2", (NOISE, CORRECT, 2)),
     ],
     mistakes=[
