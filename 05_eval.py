@@ -41,7 +41,7 @@ from tokenizers import Tokenizer
 from tqdm import tqdm
 
 from plumbing import several_devices
-from plumbing.cli import flag, main, natural, pair, positive
+from plumbing.cli import flag, int_list, main, natural, pair, positive
 from plumbing.errors import UserError
 from plumbing.known_labels import labels_without_known, most_known
 from plumbing.label_level import product
@@ -70,6 +70,7 @@ class Config:
     exact: bool = flag(
         False, "also score every label, as a beam that loses nothing would, and write that ranking"
     )
+    topk: str = flag("", "clusters kept per cluster level (default: as in training)")
     batch_size: int = flag(128, "documents predicted at a time", positive)
     propensity: str = flag("0.55,1.5", "constants A,B of the propensity model")
     seed: int = flag(
@@ -246,6 +247,25 @@ def most_frequent(
     return labels_without_known(the_same_for_all, known, k)
 
 
+def neighbour_votes(
+    X: csr_matrix, X_transposed: csr_matrix, Y_train: csr_matrix, neighbours: int
+) -> csr_matrix:
+    """(N, L): a label's score is the sum of the cosines of the neighbours that have it.
+
+    X (N, V) are documents, X_transposed (V, training documents) the others, all of length 1, and
+    Y_train (training documents, L) says who has which labels.
+    """
+    # 1. The cosines of all documents with all training documents: the vectors have length 1.
+    cosine = (X @ X_transposed).toarray()
+    # 2. The nearest of each, in no order.
+    near = np.argpartition(-cosine, neighbours - 1, axis=1)[:, :neighbours]
+    weight = np.take_along_axis(cosine, near, axis=1)
+    # 3. Each neighbour votes for its labels: a sparse matrix of weights, times Y.
+    ends = np.arange(len(cosine) + 1) * neighbours
+    voters = csr_matrix((weight.ravel(), near.ravel(), ends), cosine.shape)
+    return voters @ Y_train
+
+
 def nearest_neighbours(
     train: data_stage.Split,
     split: data_stage.Split,
@@ -257,8 +277,8 @@ def nearest_neighbours(
 ) -> np.ndarray:
     """(N, k): the labels of the nearest training documents; -1 where there are fewer.
 
-    Near is what has a large cosine of the TF-IDF vectors (02_label_tree.py). A label's score is the
-    sum of the cosines of the neighbours that have it. What is `known` (N, L) is no prediction.
+    Near is what has a large cosine of the TF-IDF vectors (02_label_tree.py), and `neighbour_votes`
+    scores the labels. What is `known` (N, L) is no prediction.
     """
     n_wanted = k + most_known(known)
     n_train = len(train)
@@ -272,21 +292,13 @@ def nearest_neighbours(
     chunk = max(1, COSINES // n_train)
     labels = np.full((len(split), n_wanted), -1, np.int64)
     for start in tqdm(range(0, len(split), chunk), desc="neighbours", unit=" chunks", disable=None):
-        # 1. The cosines of some documents with all training documents: the vectors have length 1.
-        cosine = (X[start : start + chunk] @ X_transposed).toarray()
-        n = len(cosine)
-        # 2. The nearest of each, in no order.
-        near = np.argpartition(-cosine, neighbours - 1, axis=1)[:, :neighbours]
-        weight = np.take_along_axis(cosine, near, axis=1)
-        # 3. Each neighbour votes for its labels: a sparse (n, n_train) matrix of weights, times Y.
-        ends = np.arange(n + 1) * neighbours
-        voters = csr_matrix((weight.ravel(), near.ravel(), ends), (n, n_train))
-        votes = voters @ Y_train
-        # 4. Sort the labels of each document by votes, and equal ones by their number.
-        doc_P = np.repeat(np.arange(n), np.diff(votes.indptr))
+        # 1. The neighbours of some documents vote for their labels.
+        votes = neighbour_votes(X[start : start + chunk], X_transposed, Y_train, neighbours)
+        # 2. Sort the labels of each document by votes, and equal ones by their number.
+        doc_P = np.repeat(np.arange(votes.shape[0]), np.diff(votes.indptr))
         order_P = np.lexsort((votes.indices, -votes.data, doc_P))
         sorted_labels_P = votes.indices[order_P]
-        # 5. The first of each document go into its row, as in best_weights.
+        # 3. The first of each document go into its row, as in best_weights.
         place_P = np.arange(len(doc_P)) - votes.indptr[doc_P]
         is_first_P = place_P < n_wanted
         labels[start + doc_P[is_first_P], place_P[is_first_P]] = sorted_labels_P[is_first_P]
@@ -518,6 +530,10 @@ def run(
     # 2. The data, and the model that stage 4 kept.
     data = data_stage.load(config.run)
     model, trained, ranking = train_stage.load(config.run, data, build, train_config)
+    # A wider or narrower beam than in training?
+    if config.topk:
+        model.topk = int_list(config.topk, "--topk")
+        model.check(trained.join)
     # (A tree without cluster levels has no beam: there every label is scored, and trained, anyway.)
     if config.exact and ranking == "label" and model.topk:
         raise UserError(

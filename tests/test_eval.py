@@ -4,6 +4,7 @@ force.
 
 import json
 import math
+import re
 import shutil
 
 import numpy as np
@@ -256,6 +257,22 @@ def test_predictions_of_another_split_do_not_replace_those_of_the_test_split(don
     assert (run / "predictions.npz").read_bytes() == before
     arrays, meta = load_npz(run / "predictions.val.npz")
     assert arrays["labels"].shape == (60, 7) and meta["config"]["split"] == "val"
+
+
+def recall_of(run, capsys, **settings) -> float:
+    """The recall of the shortlist that stage 5 prints for its only cluster level."""
+    evaluate.run(evaluate.Config(run=str(run), k=20, **settings))
+    printed = capsys.readouterr().out
+    return float(re.search(r"of 8 clusters ([\d.]+)", printed)[1])
+
+
+def test_a_beam_may_be_wider_or_narrower_than_in_training(done, tmp_path, capsys):
+    run = shutil.copytree(done, tmp_path / "run")  # trained with 4 of 8 clusters kept
+    narrow, wide = (recall_of(run, capsys, topk=topk) for topk in ("1", "8"))
+    assert narrow < recall_of(run, capsys) < wide == 100
+    for impossible in ("9", "4,4"):
+        with pytest.raises(UserError, match=f"--topk .*{impossible[0]}.* at most"):
+            evaluate.run(evaluate.Config(run=str(run), topk=impossible))
 
 
 def test_a_split_of_some_documents_has_their_tokens_and_labels(done):
