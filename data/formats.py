@@ -196,7 +196,8 @@ def filled_lines(path: Path) -> Iterator[tuple[str, str]]:
     """As `lines`, without the blank lines at the end of the file."""
     blank = []  # lines that may be the last ones
     for where, line in lines(path):
-        if not line.strip():
+        # A tab counts as something: it may stand between two empty cells of a table.
+        if not line.strip(" "):
             blank.append((where, line))
             continue
         # Something follows the blank lines, so they are not the end.
@@ -642,7 +643,7 @@ def header_of(path: Path) -> tuple[int, int] | None:
     # lines at the end are documents without labels, or they mean nothing.
     n_documents, n_labels = map(int, words)
     is_right = n_documents in (count - 1, filled - 1)
-    if has_values:
+    if has_values or filled == 1:  # filled == 1: no document has a label
         is_right = filled - 1 <= n_documents <= count - 1
     if is_right:
         return n_documents, n_labels

@@ -1,4 +1,4 @@
-"""What is legal in a corpus, but often a mistake. Stage 1 prints a line for each.
+"""What is legal in a corpus, but often a mistake. Stages 1 and 4 print a line for each.
 
 A corpus without surprises gets no line. Nothing is changed or left out here.
 
@@ -114,3 +114,19 @@ def files_not_read(corpus: formats.Corpus, folder: Path) -> str:
         f"not read, though the name looks like a part of the corpus: {', '.join(unread[:5])} "
         "(data/formats.py says which files are)"
     )
+
+
+def tokens_cut(offsets: np.ndarray, room: int) -> list[str]:
+    """A sentence, where more than half of the tokens are beyond the `room` of a document.
+
+    `offsets` (N+1,) says where each document's tokens begin.
+    """
+    tokens_N = np.diff(offsets)
+    beyond = (tokens_N - room).clip(0).sum()  # tokens that no document has room for
+    share = beyond / max(1, tokens_N.sum())
+    if share <= 0.5:
+        return []
+    return [
+        f"{100 * share:.0f}% of the training documents' tokens are beyond --max-len and are not "
+        "read; raise it"
+    ]

@@ -12,10 +12,10 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT, make_corpus, stages
+from conftest import ROOT, SMALL, make_corpus, stages
 from scipy.sparse import csr_matrix, save_npz
 
-from data import formats
+from data import formats, surprises
 from data.corpus import label_list
 from plumbing.errors import UserError
 
@@ -269,6 +269,12 @@ def test_blank_lines_at_the_end_of_both_files_are_no_document(tmp_path):
     assert labels_of(tmp_path) == [[0]] * 5 + [[]]
 
 
+def test_a_header_above_documents_without_labels(tmp_path):
+    xy(tmp_path, "6 4\n" + "0:1\n" * 6, "6 9\n" + "\n" * 7)
+    assert labels_of(tmp_path, "test") == [[]] * 6
+    assert len(names_of(tmp_path)) == 9
+
+
 def test_features_of_labels_are_not_their_names(tmp_path):
     xy(tmp_path, "6 4\n" + "0:1\n" * 6, Yf__txt="4 9\n" + "3:0.25 8:1e-2\n" * 4)
     corpus = formats.open_corpus(tmp_path)
@@ -405,3 +411,17 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys, name):
     (corpus / name).write_bytes(gzip.compress(rows.encode()))
     said = warnings(corpus, tmp_path, capsys)
     assert f"looks like a part of the corpus: {name} (" in said
+
+
+@pytest.mark.parametrize(("max_len", "is_said"), [(5, True), (32, False)])
+def test_most_tokens_beyond_max_len(prepared, capsys, max_len, is_said):
+    settings = SMALL | {"epochs": 1, "max_len": max_len}
+    stages.train.run(stages.train.Config(run=str(prepared), **settings))
+    said = "of the training documents' tokens are beyond --max-len"
+    assert (said in capsys.readouterr().out) == is_said
+
+
+@pytest.mark.parametrize(("room", "n_sentences"), [(3, 1), (4, 0), (5, 0)])
+def test_more_than_half_of_the_tokens(room, n_sentences):
+    """Documents of 2 and 10 tokens: of these 12, 7, 6 or 5 are beyond the room."""
+    assert len(surprises.tokens_cut(np.array([0, 2, 12]), room)) == n_sentences
