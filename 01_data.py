@@ -44,6 +44,7 @@ from tqdm import tqdm
 
 from data import formats
 from data.corpus import Documents, label_list
+from data.surprises import surprises
 from plumbing.cli import flag, main, natural, positive, rate
 from plumbing.encoders import pretrained
 from plumbing.errors import UserError
@@ -129,6 +130,8 @@ def read(config: Config, drops: Counter) -> Documents:
     labels = label_list(corpus, config.corpus)
     if corpus.labels is None:
         print(f"no list of labels: {len(labels):,} names are found in the documents")
+    for note in corpus.notes:
+        print(f"note: {note}")
 
     # Which documents are for training, and which for validation and testing. Where the corpus has
     # no validation split, one is drawn from the training documents first; then --limit draws from
@@ -640,6 +643,8 @@ def run(config: Config) -> None:
     save(config, documents, splits, tokenizer, special)
     describe(splits, len(documents.labels), drops)
     describe_unknown(splits, tokenizer.unk_token_id, config.encoder)
+    for surprise in surprises(documents.corpus, documents.labels, splits["train"], config.corpus):
+        print(f"warning: {surprise}")
 
 
 if __name__ == "__main__":

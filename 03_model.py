@@ -716,7 +716,7 @@ def build(
 
 
 def run(config: Config) -> None:
-    """Walk through one batch of four documents and print every shape."""
+    """Walk through one batch of at most four documents and print every shape."""
     # 1. What the stages before have made. What the command does not set, the recipe does.
     data = data_stage.load(config.run)
     tree = tree_stage.load(config.run)
@@ -735,9 +735,13 @@ def run(config: Config) -> None:
     )
 
     # 3. Four documents go down the tree, with the teacher.
-    batch = data.batch("train", np.arange(4), config.max_len)
+    n_documents = min(4, len(data.splits["train"]))  # a corpus may have fewer
+    batch = data.batch("train", np.arange(n_documents), config.max_len)
     ids_shape = tuple(batch.ids_BT.shape)
-    print(f"a batch of 4 documents: ids_BT {ids_shape}, {len(batch.doc_P)} (document, label) pairs")
+    print(
+        f"a batch of {n_documents} documents: ids_BT {ids_shape}, "
+        f"{len(batch.doc_P)} (document, label) pairs"
+    )
     features = model.features(batch)
     for t, level in enumerate(model.descend(features, batch, teacher=True)):
         n_scored = level.logits_BKF[0].numel()

@@ -38,6 +38,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from data.surprises import tokens_cut
 from plumbing import several_devices
 from plumbing.checkpoints import get_state, go_on, save_checkpoint, set_state, start_over
 from plumbing.cli import flag, main, natural, positive, rate, settings, settle
@@ -790,6 +791,9 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
     model, config, state = prepare(config, data, tree, build)
     if not len(data.splits["val"].labels):
         print("no validation document has a label: the last epoch is kept")
+    room = config.max_len - len(data.meta["prefix"]) - len(data.meta["suffix"])
+    for surprise in tokens_cut(data.splits["train"].offsets, room):
+        print(f"warning: {surprise}")
     shown = [f"{key}={value}" for key, value in settings(config).items()]
     print("settings: " + ", ".join(shown), flush=True)
     torch.manual_seed(config.seed + several_devices.number())

@@ -76,15 +76,15 @@ REFUSED = [
     (
         "a NUL byte",
         {"train": line() + b'{"text": "a\x00", "labels": []}\n'},
-        "line 2: no JSON (Invalid control",
+        "line 2: a NUL byte, so this is no UTF-8",
     ),
     (
         "UTF-16",
         {"test": '{"text": "a", "labels": []}'.encode("utf-16")},
-        "test.jsonl.gz line 1: no UTF-8",
+        "test.jsonl.gz line 1: a NUL byte, so this is no UTF-8",
     ),
     ("no JSON", {"train": line() + b"text,labels\n"}, "line 2: no JSON (Expecting value"),
-    ("a blank line", {"train": line() + b"\n"}, "line 2: no JSON (Expecting value"),
+    ("a blank line", {"train": line() + b"\n" + line()}, "line 2: no JSON (Expecting value"),
     ("a line cut short", {"train": line() + line()[:-9]}, "line 2: no JSON ("),
     (
         "nested 100,000 deep",

@@ -2,9 +2,15 @@
 nothing in between.
 
 FUZZ=300 python -m pytest tests/test_fuzz.py -s      more of them than the tests run by default
+
+What is read of a sound corpus is what another reader reads, for every layout that has one:
+
+FUZZ=2000 python -m pytest tests/test_fuzz.py -k another_reader
 """
 
+import csv
 import gzip
+import io
 import json
 import os
 import shutil
@@ -17,6 +23,7 @@ from conftest import SMALL, has_exact, stages
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from data import formats
 from plumbing.errors import UserError
 from plumbing.store import load_npz
 
@@ -120,3 +127,103 @@ def test_what_the_fuzzing_met():
     """Both ends were met; -s shows the counts."""
     print(json.dumps(found, indent=1))
     assert not found or 0 < found["through all five stages"] < sum(found.values())
+
+
+# ------------------------------------------------------------------------------ another reader
+# Each function below is given documents, writes them as a layout has them, and returns what the
+# standard library reads from the bytes: [(text, labels)].
+
+
+def json_reader(rows, draw):
+    ascii_only = draw(st.booleans())
+    content = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
+    read = [json.loads(line) for line in content.split("\n") if line]
+    return {"{}.jsonl": content}, [(row["text"], row["labels"]) for row in read]
+
+
+def csv_reader(rows, draw):
+    delimiter = draw(st.sampled_from(",;\t"))
+    file = io.StringIO(newline="")
+    quoting = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
+    writer = csv.writer(file, delimiter=delimiter, lineterminator="\n", quoting=quoting)
+    writer.writerow(["id", "labels", "text"])
+    for i, row in enumerate(rows):
+        writer.writerow([i, "|".join(row["labels"]), row["text"]])
+    content = file.getvalue()
+    read = list(csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter))
+    cells = [(row["text"], row["labels"].split("|")) for row in read]
+    # The only change: a line end of two characters within a cell becomes one.
+    plain = [(text.replace("\r\n", "\n"), labels) for text, labels in cells]
+    return {"{}.csv": content}, [(text, [one for one in ls if one]) for text, ls in plain]
+
+
+def matrix_reader(rows, draw):
+    texts = one_line_each(rows)
+    ids = [[int(name[1:]) for name in row["labels"]] for row in rows]
+    values = [
+        [draw(st.sampled_from(["1", "1.0", "0.25", "0", "1e-3"])) for _ in row] for row in ids
+    ]
+    content = f"{len(rows)} 7\n"
+    for row, row_values in zip(ids, values, strict=True):
+        content += " ".join(f"{i}:{v}" for i, v in zip(row, row_values, strict=True)) + "\n"
+    read = []
+    for text, line in zip(texts.split("\n"), content.split("\n")[1 : len(rows) + 1], strict=False):
+        elements = [element.split(":") for element in line.split()]
+        read.append((text, [int(i) for i, value in elements if float(value) != 0]))
+    return {"X.{}.txt": texts, "Y.{}.txt": content}, read
+
+
+def comma_reader(rows, draw):
+    texts = one_line_each(rows)
+    named = [[name.replace("l", "label ") for name in row["labels"]] for row in rows]
+    named[0] = ["label 0", "label 1"]  # a comma at least, which says how names are separated
+    content = "".join(draw(st.sampled_from([",", ", "])).join(row) + "\n" for row in named)
+    read = []
+    for text, line in zip(texts.split("\n"), content.split("\n")[: len(rows)], strict=False):
+        read.append((text, [name.strip() for name in line.split(",") if name]))
+    return {"{}_texts.txt": texts, "{}_labels.txt": content}, read
+
+
+def one_line_each(rows) -> str:
+    return "".join(row["text"] + "\n" for row in rows)
+
+
+READERS = st.sampled_from([json_reader, csv_reader, matrix_reader, comma_reader])
+# Characters that a file in UTF-8 may have in a line.
+PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n"), max_size=20)
+
+
+@given(st.data())
+@settings(
+    max_examples=int(os.environ.get("FUZZ", 60)),
+    deadline=None,
+    derandomize="FUZZ" not in os.environ,
+)
+def test_what_is_read_is_what_another_reader_reads(data):
+    reader = data.draw(READERS)
+    text = PLAIN.map("word ".__add__)
+    if reader in (json_reader, csv_reader):
+        text |= st.lists(st.sampled_from(["a", '"', ";", ",", "\t", "\n", "\n\n", "\r\n"])).map(
+            "".join
+        )
+    document = st.fixed_dictionaries({"text": text, "labels": st.lists(NAME, max_size=4)})
+    rows = data.draw(st.lists(document, min_size=1, max_size=6))
+    files, expected = reader(rows, data.draw)
+    mark = data.draw(st.sampled_from(["", "\ufeff"]))
+    blank = data.draw(st.sampled_from(["", "\n", "\n\n"]))
+    zipped = data.draw(st.booleans())
+    with tempfile.TemporaryDirectory() as folder:
+        for pattern, content in files.items():
+            for split in ("train", "test"):
+                path = Path(folder) / pattern.format(split)
+                raw = (mark + content + blank).encode()
+                if zipped:
+                    path.with_name(path.name + ".gz").write_bytes(gzip.compress(raw))
+                else:
+                    path.write_bytes(raw)
+        corpus = formats.open_corpus(Path(folder), "|")
+        read = [(one.text, one.labels) for one in corpus.documents["train"]()]
+    if reader is comma_reader:
+        # Nothing counts these documents: blank lines at the end of both files are documents.
+        read = read[: len(expected)]
+    assert read == expected

@@ -1,0 +1,1 @@
+"""Corpora: how they are read, made and shared out among the splits."""

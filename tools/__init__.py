@@ -1,0 +1,1 @@
+"""What is useful beside the five stages; each has --help."""
