@@ -48,6 +48,7 @@ from plumbing.cli import flag, main, natural, positive, rate
 from plumbing.encoders import pretrained
 from plumbing.errors import UserError
 from plumbing.memory import need_space
+from plumbing.ownership import owns_its_folder
 from plumbing.store import check_data, load_npz, save_npz
 
 if TYPE_CHECKING:  # slow to import, and needed only where a corpus is read
@@ -630,6 +631,7 @@ def load(folder: str | Path) -> Data:
 # --------------------------------------------------------------------------------------- the stage
 
 
+@owns_its_folder
 def run(config: Config) -> None:
     drops = Counter()  # what is left out, cut or changed, and how often
 

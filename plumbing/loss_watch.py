@@ -17,13 +17,17 @@ class LossWatch:
     """
 
     STEPS = 100  # the last losses of a level, whose median counts as usual
-    GROWTH = 1000  # times the usual loss: no batch is that much harder than others
+    GROWTH = 1000  # times the usual loss
+    # A batch of one document may be that much harder than others, once. A training that has gone
+    # wrong stays so.
+    IN_A_ROW = 3
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.pending = None  # numbers on their way from the device
         self.first = None  # losses (levels,) of the first step
         self.last = collections.deque(maxlen=self.STEPS)
+        self.n_grown = collections.Counter()  # steps in a row with such a loss, by level
 
     def __call__(self, losses: torch.Tensor, norm: torch.Tensor, step: int, lr: float) -> None:
         """Look at the step before; take the losses (levels,) and the gradient's norm () of this."""
@@ -57,7 +61,9 @@ class LossWatch:
             self.first = losses
         usual = np.median(self.last, axis=0) if self.last else self.first
         for level, loss in enumerate(losses):
-            if loss > self.GROWTH * usual[level] and loss > self.first[level]:
+            has_grown = loss > self.GROWTH * usual[level] and loss > self.first[level]
+            self.n_grown[level] = self.n_grown[level] + 1 if has_grown else 0
+            if self.n_grown[level] == self.IN_A_ROW:
                 what = (
                     f"the loss of level {level + 1} of {n_levels} is {loss:.3g}, more than a "
                     f"thousand times its median of the last {len(self.last)} steps, "

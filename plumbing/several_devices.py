@@ -40,9 +40,10 @@ def join(may: bool) -> None:
         return
     if not may:
         raise UserError("torchrun is for 04_train.py and 05_eval.py; start this script by python")
-    # Optimisers import this module at their first step. Its functions would then hold the connection
-    # to the other processes as a default value, so that leave() could not close it, and a thread of
-    # the connection could crash while Python ends. Imported before there is one, they hold none.
+    # Optimisers import this module at their first step. Its functions would then hold the
+    # connection to the other processes as a default value, so that leave() could not close it, and
+    # a thread of the connection could crash while Python ends. Imported before there is one, they
+    # hold none.
     import torch.distributed.nn.functional  # noqa: F401
 
     if torch.cuda.is_available():
