@@ -18,16 +18,15 @@ class LossWatch:
 
     STEPS = 100  # the last losses of a level, whose median counts as usual
     GROWTH = 1000  # times the usual loss
-    # A batch of one document may be that much harder than others, once. A training that has gone
-    # wrong stays so.
-    IN_A_ROW = 3
+    # A batch may be a single document, and a hard one among easy ones. So the loss must also be
+    # this many times the largest of the first step and of all that are no longer among the last.
+    BEYOND = 10
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.pending = None  # numbers on their way from the device
-        self.first = None  # losses (levels,) of the first step
+        self.first = None  # losses (levels,): the largest of the first step and of the older ones
         self.last = collections.deque(maxlen=self.STEPS)
-        self.n_grown = collections.Counter()  # steps in a row with such a loss, by level
 
     def __call__(self, losses: torch.Tensor, norm: torch.Tensor, step: int, lr: float) -> None:
         """Look at the step before; take the losses (levels,) and the gradient's norm () of this."""
@@ -61,15 +60,16 @@ class LossWatch:
             self.first = losses
         usual = np.median(self.last, axis=0) if self.last else self.first
         for level, loss in enumerate(losses):
-            has_grown = loss > self.GROWTH * usual[level] and loss > self.first[level]
-            self.n_grown[level] = self.n_grown[level] + 1 if has_grown else 0
-            if self.n_grown[level] == self.IN_A_ROW:
+            has_grown = loss > self.GROWTH * usual[level]
+            if has_grown and loss > self.BEYOND * self.first[level]:
                 what = (
                     f"the loss of level {level + 1} of {n_levels} is {loss:.3g}, more than a "
                     f"thousand times its median of the last {len(self.last)} steps, "
                     f"{usual[level]:.3g}"
                 )
                 self.stop(what, level, step, lr)
+        if len(self.last) == self.STEPS:
+            self.first = np.maximum(self.first, self.last[0]).tolist()
         self.last.append(losses)
 
     def stop(self, what: str, level: int | None, step: int, lr: float) -> None:
