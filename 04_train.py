@@ -827,7 +827,7 @@ def run(config: Config, build: Callable = model_stage.build) -> None:
     data = data_stage.load(config.run)
     tree = tree_stage.load(config.run)
     if not config.resume:  # a checkpoint knows all of its settings
-        config = settle(config, model_stage.RECIPES, data.meta["encoder"])
+        config = settle(config, model_stage.RECIPES, data.meta)
     with memory_advice(config, len(data.names)):
         train(config, data, tree, build)
 

@@ -59,9 +59,14 @@ def settings(config: Any) -> dict:
     return {key: value for key, value in values.items() if key not in NOT_SETTINGS}
 
 
-def settle(config: Any, recipes: dict[str, dict], encoder: str) -> Any:
-    """The settings, with those left open (None) taken from the recipe for the encoder."""
-    recipe = recipes["tiny" if encoder == "tiny" else "pretrained"]
+def settle(config: Any, recipes: dict[str, dict], meta: dict) -> Any:
+    """The settings, with those left open (None) taken from the recipe for the encoder.
+
+    `meta` is the record of data.npz. Stage 1 has tried the encoder, and may say in "pooling" what
+    suits it.
+    """
+    recipe = dict(recipes["tiny" if meta["encoder"] == "tiny" else "pretrained"])
+    recipe["pooling"] = meta.get("pooling", recipe["pooling"])
     left_open = {}
     for key, value in recipe.items():
         if hasattr(config, key) and getattr(config, key) is None:
