@@ -36,9 +36,8 @@ def try_encoder(name: str, special: dict[str, Any], vocab_size: int) -> dict[str
 
     special: prefix, suffix and pad, the ids that the tokeniser puts around a document.
     """
-    meta = {"encoder": name, "vocab_size": vocab_size}
-    whole = pretrained_encoder(meta)
     try:
+        whole = pretrained_encoder({"encoder": name, "vocab_size": vocab_size})
         backbone = usable(whole).float()
         check_shape_of_batch(backbone, special, vocab_size)
         check_gradient(backbone, special, vocab_size)
@@ -145,10 +144,13 @@ def check_longest(backbone: nn.Module, special: dict[str, Any], vocab_size: int)
 
 
 def check_description(backbone: nn.Module) -> None:
-    """UserError unless the encoder that stage 5 will make has the same weights."""
+    """ValueError unless the encoder that stage 5 will make has the same weights."""
     weights = backbone.state_dict()
-    with torch.device("meta"):
-        again = usable(bare_encoder(description_of(backbone), weights)).state_dict()
+    try:
+        with torch.device("meta"):
+            again = usable(bare_encoder(description_of(backbone), weights)).state_dict()
+    except UserError as error:  # speaks of model.pt, which is not there yet
+        raise ValueError("its configuration does not make it again") from error.__cause__
     shapes = {key: weight.shape for key, weight in weights.items()}
     if shapes != {key: weight.shape for key, weight in again.items()}:
         raise ValueError("its configuration does not make the same encoder again")

@@ -283,11 +283,12 @@ def set_weights(
 class NoPooler(nn.Module):
     """In place of an extra layer on the last hidden state, which nothing reads. It has no weights.
 
-    Some encoders call their pooler whether there is one or not, so it cannot be None.
+    Some encoders call their pooler whether there is one or not, and some work on with what it
+    gives, so it cannot be None, and gives back what it gets.
     """
 
-    def forward(self, *args, **more) -> None:
-        return None
+    def forward(self, hidden: Any = None, *args, **more) -> Any:
+        return hidden
 
 
 def usable(backbone: nn.Module) -> nn.Module:
@@ -302,6 +303,9 @@ def usable(backbone: nn.Module) -> nn.Module:
         backbone.whole_config = whole_config
     if isinstance(getattr(backbone, "pooler", None), nn.Module):
         backbone.pooler = NoPooler()
+    # A model that writes text would keep what it needs for the next word, in every batch.
+    if getattr(backbone.config, "use_cache", False) and not hasattr(backbone.config, "is_decoder"):
+        backbone.config.use_cache = False
     # The library asks a GPU in every batch whether there is padding, and waits: not here.
     return without_waiting(backbone)
 
