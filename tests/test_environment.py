@@ -4,9 +4,9 @@ somebody else works in, flags that a checkpoint knows better.
 
 import errno
 import json
-import multiprocessing
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -81,12 +81,13 @@ def test_a_full_disk_below_the_output_is_said_when_the_work_is_done(prepared):
     assert stages.tree.load(prepared).levels == [4]
 
 
-def test_a_reader_that_has_enough_is_no_error(done):
+def test_a_reader_that_has_enough_is_no_error(done, tmp_path):
+    run = shutil.copytree(done, tmp_path / "copied")
     line = f"{sys.executable} 05_eval.py --run $1 --k 20 | head -1; echo ${{PIPESTATUS[0]}}"
-    said = shell(line, done)
+    said = shell(line, run)
     assert said.stdout.splitlines()[-1] == "0" and "Traceback" not in said.stderr
     line = f"{sys.executable} -m tools.tag --run $1 --text word1x1 | true; echo ${{PIPESTATUS[0]}}"
-    assert shell(line, done).stdout.split()[-1] in ("0", "1")
+    assert shell(line, run).stdout.split()[-1] in ("0", "1")
 
 
 @pytest.mark.parametrize("script", ["01_data.py", "04_train.py", "tools/tag.py"])
@@ -102,30 +103,36 @@ def test_help_goes_into_any_stream(script):
 # 2. A run folder has one owner.
 
 
-def hold(run, ready, end) -> None:
-    """Own the folder until the end, in a process of its own."""
-    with owned(run):
-        ready.set()
-        end.wait()
+class Owner:
+    """A child process that owns a folder until it is told to end, or killed."""
+
+    def __init__(self, run) -> None:
+        ready, says_ready = os.pipe()
+        waits, self.tells = os.pipe()
+        self.pid = os.fork()
+        if self.pid == 0:
+            os.close(self.tells)
+            try:
+                with owned(run):
+                    os.write(says_ready, b"1")
+                    os.read(waits, 1)
+            finally:
+                os._exit(0)
+        os.close(waits)
+        os.read(ready, 1)
+
+    def end(self) -> None:
+        os.write(self.tells, b"1")
+        os.waitpid(self.pid, 0)
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
 
 
-@pytest.fixture
-def another(prepared):
-    """A process that owns the folder, with an event that lets it end."""
-    context = multiprocessing.get_context("fork")
-    ready = context.Event()
-    end = context.Event()
-    process = context.Process(target=hold, args=(prepared, ready, end))
-    process.start()
-    assert ready.wait(20)
-    yield process, end
-    end.set()
-    process.join()
-
-
-def test_a_second_writer_is_refused_while_the_first_lives(prepared, done, corpus, another):
-    process, end = another
-    said = f"in use: .*process {process.pid} on .*, since 20.*; wait until it has ended"
+def test_a_second_writer_is_refused_while_the_first_lives(prepared, done, corpus):
+    owner = Owner(prepared)
+    said = f"in use: .*process {owner.pid} on .*, since 20.*; wait until it has ended"
     before = {path.name: path.read_bytes() for path in prepared.iterdir()}
     for call in (
         lambda: train.run(config_of(prepared)),
@@ -139,44 +146,48 @@ def test_a_second_writer_is_refused_while_the_first_lives(prepared, done, corpus
     # Stage 5 reads what is whole, and may.
     (prepared / "model.pt").write_bytes((done / "model.pt").read_bytes())
     stages.eval.run(stages.eval.Config(run=str(prepared), k=5))
-    end.set()
-    process.join()
+    owner.end()
     assert not (prepared / NAME).exists()
     train.run(config_of(prepared, epochs=1))
 
 
-def test_what_was_killed_owns_nothing(prepared, another):
-    process, _ = another
-    os.kill(process.pid, signal.SIGKILL)
-    process.join()
+def test_what_was_killed_owns_nothing(prepared):
+    Owner(prepared).kill()
     assert (prepared / NAME).exists()
     train.run(config_of(prepared, epochs=1))
     assert not (prepared / NAME).exists()
 
 
-def race(run, start, found) -> None:
-    start.wait()
+def race(run, begins: int, says: int) -> None:
+    """In a child: become the owner at the signal, and say what came of it."""
+    os.read(begins, 1)
     try:
         with owned(run):
-            found.put("owner")
-            time.sleep(0.5)
+            os.write(says, b"owner\n")
+            time.sleep(1)
     except UserError as error:
-        found.put(str(error))
+        os.write(says, f"{error}\n".encode())
+    finally:
+        os._exit(0)
 
 
 def test_of_many_that_start_at_the_same_moment_one_is_the_owner(tmp_path):
-    context = multiprocessing.get_context("fork")
-    begin = context.Event()
-    found = context.Queue()
-    racers = [context.Process(target=race, args=(tmp_path, begin, found)) for _ in range(6)]
-    for racer in racers:
-        racer.start()
-    begin.set()
-    said = [found.get(timeout=30) for _ in racers]
-    for racer in racers:
-        racer.join()
+    begins, begin = os.pipe()
+    found, says = os.pipe()
+    children = []
+    for _ in range(6):
+        pid = os.fork()
+        if pid == 0:
+            race(tmp_path, begins, says)
+        children.append(pid)
+    os.write(begin, b"123456")
+    for pid in children:
+        os.waitpid(pid, 0)
+    os.close(says)
+    with os.fdopen(found) as pipe:
+        said = pipe.read().splitlines()
     refusals = [text for text in said if text != "owner"]
-    assert len(refusals) == 5
+    assert len(said) == 6 and len(refusals) == 5
     assert all(re.search(r"process \d+ on ", text) for text in refusals)
 
 
