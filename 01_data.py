@@ -46,9 +46,11 @@ from data import formats
 from data.corpus import Documents, label_list
 from data.surprises import surprises
 from plumbing.cli import flag, main, natural, positive, rate
+from plumbing.encoder_trial import try_encoder
 from plumbing.encoders import pretrained
 from plumbing.errors import UserError
 from plumbing.memory import need_space
+from plumbing.ownership import owns_its_folder
 from plumbing.store import check_data, load_npz, save_npz
 
 if TYPE_CHECKING:  # slow to import, and needed only where a corpus is read
@@ -321,6 +323,8 @@ def encode(
         encoded = tokenizer(texts, add_special_tokens=False, return_attention_mask=False)
         for tokens in encoded["input_ids"]:
             drops[f"{name} texts cut to {max_tokens} tokens"] += len(tokens) > max_tokens
+            if name in SPLITS:  # many labels have no text of their own
+                drops[f"{name} documents of which no token is left, kept"] += not tokens
             ids.append(np.array(tokens[:max_tokens], dtype))
         for _, label_ids in chunk:
             labels.append(np.array(label_ids, np.int32))
@@ -576,6 +580,9 @@ class Data(NamedTuple):
         # How many tokens we keep of each document, and where its suffix begins.
         length_B = np.minimum(part.offsets[rows + 1] - part.offsets[rows], room)
         end_B = len(prefix) + length_B
+        # An encoder cannot read nothing at all. A document without any token, special ones
+        # included, is one token of padding that the encoder looks at.
+        end_B = np.maximum(end_B, 1 - len(suffix))
 
         # Start with padding alone, then write the prefix, the tokens and the suffix over it.
         width = end_B.max() + len(suffix)  # T
@@ -633,12 +640,16 @@ def load(folder: str | Path) -> Data:
 # --------------------------------------------------------------------------------------- the stage
 
 
+@owns_its_folder
 def run(config: Config) -> None:
     drops = Counter()  # what is left out, cut or changed, and how often
 
     documents = read(config, drops)
     tokenizer = make_tokenizer(config, documents)
     special = special_tokens(tokenizer)
+    if config.encoder != "tiny":
+        # Does it work at all? What it finds out about the encoder is stored, too.
+        special |= try_encoder(config.encoder, special, len(tokenizer))
     splits = tokenise(documents, tokenizer, config.max_tokens, drops)
     save(config, documents, splits, tokenizer, special)
     describe(splits, len(documents.labels), drops)

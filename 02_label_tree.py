@@ -53,6 +53,7 @@ from tqdm import tqdm
 from plumbing.cli import flag, int_list, main, natural, positive
 from plumbing.errors import UserError
 from plumbing.memory import need_space
+from plumbing.ownership import owns_its_folder
 from plumbing.store import load_npz, save_npz
 
 data_stage = import_module("01_data")
@@ -476,6 +477,7 @@ def match(node_P: Tensor, doc_P: Tensor, parents_BK: Tensor, fan: int) -> Tensor
 # 6. From data.npz to tree.npz.
 
 
+@owns_its_folder
 def run(config: Config) -> None:
     data = data_stage.load(config.run)
     n_labels = len(data.names)

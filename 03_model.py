@@ -71,9 +71,11 @@ from plumbing.cli import flag, int_list, main, natural, positive, settle
 from plumbing.encoders import (
     bare_encoder,
     check_own_encoder,
+    description_of,
     positions,
     pretrained_encoder,
-    without_waiting,
+    usable,
+    width_and_depth,
 )
 from plumbing.errors import UserError
 from plumbing.label_level import ShortlistProduct, product, refuse_other_optimizers
@@ -128,7 +130,10 @@ class Config:
     )
     topk: str = flag(None, "clusters kept per cluster level [192,384,768]", str)
     pooling: str = flag(
-        None, "a document's feature: 'first' token or 'mean' of all [tiny mean, else first]", str
+        None,
+        "a document's feature: 'first' token or 'mean' of all [tiny mean, else what stage 1 found: "
+        "first, or mean where the first token does not stand for the document]",
+        str,
     )
     layers: str = flag(
         "", "hidden states read per level, such as 5+6,8,10,12 (0: embeddings) [spaced by depth]"
@@ -176,17 +181,16 @@ class Encoder(nn.Module):
         super().__init__()
         if pooling not in ("first", "mean"):
             raise UserError(f"--pooling {pooling}: expected 'first' or 'mean'")
+        # Without what nothing reads: a decoder, or BERT's extra layer on the last hidden state.
+        backbone = usable(backbone)
         if max_len > positions(backbone):
             raise UserError(
                 f"--max-len {max_len} > {positions(backbone)} positions of the encoder; lower it"
             )
-        # The library asks a GPU in every batch whether there is padding, and waits: not here.
-        self.backbone = without_waiting(backbone)
-        self.backbone.pooler = None  # BERT's extra layer on the last hidden state: nothing reads it
+        self.backbone = backbone
         self.pooling = pooling
         self.from_scratch = from_scratch
-        self.width = backbone.config.hidden_size
-        self.depth = backbone.config.num_hidden_layers
+        self.width, self.depth = width_and_depth(backbone)
 
     @property
     def table(self) -> Tensor | None:
@@ -213,7 +217,7 @@ class Encoder(nn.Module):
         return features
 
     def description(self) -> dict:
-        return self.backbone.config.to_dict()
+        return description_of(self.backbone)
 
 
 def tiny_bert(depth: int, width: int, meta: dict) -> nn.Module:
@@ -720,7 +724,7 @@ def run(config: Config) -> None:
     # 1. What the stages before have made. What the command does not set, the recipe does.
     data = data_stage.load(config.run)
     tree = tree_stage.load(config.run)
-    config = settle(config, RECIPES, data.meta["encoder"])
+    config = settle(config, RECIPES, data.meta)
     # 2. The model, untrained.
     model = build(data, tree, config).eval()
     for name, part in (("encoder", model.encoder), ("heads", model.heads)):

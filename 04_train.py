@@ -40,7 +40,14 @@ from tqdm import tqdm
 
 from data.surprises import tokens_cut
 from plumbing import several_devices
-from plumbing.checkpoints import get_state, go_on, save_checkpoint, set_state, start_over
+from plumbing.checkpoints import (
+    get_state,
+    go_on,
+    save_checkpoint,
+    set_state,
+    start_over,
+    to_go_on_from,
+)
 from plumbing.cli import flag, main, natural, positive, rate, settings, settle
 from plumbing.encoders import set_weights
 from plumbing.errors import UserError
@@ -49,6 +56,7 @@ from plumbing.known_labels import most_known, without_known
 from plumbing.label_level import RowAdam
 from plumbing.loss_watch import LossWatch
 from plumbing.memory import memory_advice, room_for_training
+from plumbing.ownership import owns_its_folder
 from plumbing.precision import PRECISIONS, choose_amp
 from plumbing.stopping import asked_to_stop
 from plumbing.store import load_pt, save_pt
@@ -749,21 +757,23 @@ def prepare(
     config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: Callable
 ) -> tuple[model_stage.Cascade, Config, dict | None]:
     """(the model on its device, settings with nothing left open, the checkpoint to go on from)."""
-    if not config.head_epochs + config.epochs:
-        raise UserError("--head-epochs 0 --epochs 0: nothing to train; raise one of them")
-    # 1. The model, with weights to begin with.
     out = Path(config.run)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # 1. The model, with weights to begin with. A checkpoint to go on from brings its settings.
+    state = None
+    if config.resume:
+        state, config = to_go_on_from(out, config)
+    if not config.head_epochs + config.epochs:
+        raise UserError("--head-epochs 0 --epochs 0: nothing to train; raise one of them")
     model = build(data, tree, config).to(device)
     # The settings that are saved say what was chosen where the command left it open.
     topk = ",".join(str(k) for k in model.topk)
     layers = ",".join("+".join(str(layer) for layer in group) for group in model.layers)
     config = replace(config, topk=topk, layers=layers)
 
-    # 2. Go on from a checkpoint? It brings its settings and its weights.
-    state = None
-    if config.resume:
-        state, config = go_on(out, config, type(model).__name__)
+    # 2. A checkpoint brings its weights, too.
+    if state:
+        go_on(out, state, type(model).__name__)
         set_weights(model, state["model"], out / "checkpoint.pt", "04_train.py")
     # 3. Is there room on the disk for all that will be written?
     heads_left = config.head_epochs and (not state or state["phase"] == "heads")
@@ -815,11 +825,13 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
             train_all(job, state)
 
 
+@owns_its_folder
 def run(config: Config, build: Callable = model_stage.build) -> None:
     """Train. `build` makes the model: a variant has one of its own."""
     data = data_stage.load(config.run)
     tree = tree_stage.load(config.run)
-    config = settle(config, model_stage.RECIPES, data.meta["encoder"])
+    if not config.resume:  # a checkpoint knows all of its settings
+        config = settle(config, model_stage.RECIPES, data.meta)
     with memory_advice(config, len(data.names)):
         train(config, data, tree, build)
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from plumbing import several_devices
+from plumbing.cli import GIVEN
 from plumbing.errors import UserError
 from plumbing.store import load_pt, save_pt
 from plumbing.training_log import keep_log
@@ -56,25 +57,50 @@ def without_advice(error: UserError) -> str:
 # 2. Going on, and starting over.
 
 
-def go_on(folder: Path, config: Any, cascade: str) -> tuple[dict, Any]:
-    """(the checkpoint to go on from, the settings it was made with); the log is cut back to it.
+def to_go_on_from(folder: Path, config: Any) -> tuple[dict, Any]:
+    """(the checkpoint to go on from, the settings it was made with).
 
-    UserError unless the settings given are the same, and the name of the model's class.
+    UserError, with all of them, where settings are given that differ from those.
     """
     state = load_checkpoint(folder)
+    trained_with = state["config"]
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    unknown = sorted(set(trained_with) - set(fields))
+    if unknown:
+        raise UserError(
+            f"--resume: {folder} was trained with {', '.join(unknown)}, which this script does not "
+            "know; go on with the script that began it"
+        )
+    differ = []
+    for key, before in trained_with.items():
+        given = getattr(config, key)
+        is_given = key in GIVEN or given != fields[key].default
+        if is_given and given != "auto" and without_blanks(given) != before:
+            differ.append(f"{key}={before}, not {given}")
+    if differ:
+        raise UserError(
+            f"--resume: {folder} was trained with {'; '.join(differ)}. A checkpoint brings its "
+            "settings: leave these flags out, or start over without --resume"
+        )
+    return state, dataclasses.replace(config, **trained_with)
+
+
+def without_blanks(value: Any) -> Any:
+    """'1, 2' as it is saved: '1,2'."""
+    return value.replace(" ", "") if isinstance(value, str) else value
+
+
+def go_on(folder: Path, state: dict, cascade: str) -> None:
+    """Say where the training goes on, and cut the log back to there.
+
+    UserError unless the name of the model's class is that of the checkpoint.
+    """
     trained_as = state.get("cascade", "Cascade")  # older files do not say
     if trained_as != cascade:
         raise UserError(
             f"--resume: {folder} was trained as {trained_as}, this is {cascade}; "
             "go on with the script that began it"
         )
-    for key, before in state["config"].items():
-        given = getattr(config, key, None)
-        if given not in (before, "auto"):
-            raise UserError(
-                f"--resume: {folder} was trained with {key}={before}, not {given}; "
-                "give the same settings, or start over without --resume"
-            )
     # The best model so far may have been lost. Then the next epoch is the best.
     if state["best"] > -1:
         try:
@@ -89,7 +115,6 @@ def go_on(folder: Path, config: Any, cascade: str) -> tuple[dict, Any]:
         print("this run has finished; nothing is left to do")
     else:
         print(f"going on after step {step}, in {where_in(state)}")
-    return state, dataclasses.replace(config, **state["config"])
 
 
 def where_in(state: dict) -> str:

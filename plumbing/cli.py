@@ -13,9 +13,12 @@ from plumbing import several_devices
 from plumbing.errors import UserError
 from plumbing.memory import peak_memory
 from plumbing.precision import set_up_torch
+from plumbing.streams import lost_output, tolerant_streams
 
 # Settings that do not decide the result: where the run lies, and how it is saved.
 NOT_SETTINGS = ("run", "resume", "save_every")
+# Settings that stood on the command line, even those that have the value of their default.
+GIVEN: set[str] = set()
 
 
 # 1. A dataclass becomes a command line.
@@ -37,13 +40,17 @@ def parse(config_class: type, doc: str, argv: list[str] | None = None) -> Any:
         help = field.metadata["help"]
         type = field.metadata["type"]
         if type is bool:
-            parser.add_argument(name, action="store_true", help=help)
+            parser.add_argument(name, action="store_true", default=argparse.SUPPRESS, help=help)
             continue
         if field.default not in (None, ""):
             help += f" [{field.default}]"
         help = help.replace("%", "%%")
-        parser.add_argument(name, type=type, default=field.default, help=help, metavar="")
-    return config_class(**vars(parser.parse_args(argv)))
+        # What is not given is left to the dataclass: so we know what was given.
+        parser.add_argument(name, type=type, default=argparse.SUPPRESS, help=help, metavar="")
+    given = vars(parser.parse_args(argv))
+    GIVEN.clear()
+    GIVEN.update(given)
+    return config_class(**given)
 
 
 def settings(config: Any) -> dict:
@@ -52,9 +59,14 @@ def settings(config: Any) -> dict:
     return {key: value for key, value in values.items() if key not in NOT_SETTINGS}
 
 
-def settle(config: Any, recipes: dict[str, dict], encoder: str) -> Any:
-    """The settings, with those left open (None) taken from the recipe for the encoder."""
-    recipe = recipes["tiny" if encoder == "tiny" else "pretrained"]
+def settle(config: Any, recipes: dict[str, dict], meta: dict) -> Any:
+    """The settings, with those left open (None) taken from the recipe for the encoder.
+
+    `meta` is the record of data.npz. Stage 1 has tried the encoder, and may say in "pooling" what
+    suits it.
+    """
+    recipe = dict(recipes["tiny" if meta["encoder"] == "tiny" else "pretrained"])
+    recipe["pooling"] = meta.get("pooling", recipe["pooling"])
     left_open = {}
     for key, value in recipe.items():
         if hasattr(config, key) and getattr(config, key) is None:
@@ -115,8 +127,18 @@ def main(stage: Callable[[Any], Any], config_class: type, doc: str, several: boo
 
     `several`: whether it may run on several devices, by torchrun.
 
-    A UserError ends it with exit code 2 and one line, Ctrl-C with 130.
+    A UserError ends it with exit code 2 and one line, Ctrl-C with 130. Nothing that is printed on
+    the way can end it (plumbing/streams.py).
     """
+    try:
+        with tolerant_streams():
+            run_stage(stage, config_class, doc, several)
+    finally:
+        GIVEN.clear()
+
+
+def run_stage(stage: Callable[[Any], Any], config_class: type, doc: str, several: bool) -> None:
+    """main, where nothing that is printed can fail."""
     start = time.perf_counter()
     name = Path(sys.argv[0]).name
     config = parse(config_class, doc)
@@ -131,7 +153,15 @@ def main(stage: Callable[[Any], Any], config_class: type, doc: str, several: boo
     except KeyboardInterrupt as interrupt:
         print(f"{name}: interrupted{interrupt}", file=sys.stderr)
         sys.exit(130)
-    except OSError as error:  # a screen or a disk that fails is no fault of the program
+    except OSError as error:  # a disk that fails is no fault of the program
         print(f"{name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     print(f"[{name} took {time.perf_counter() - start:.0f} s{peak_memory()}]")
+    reason = lost_output()
+    if reason:
+        print(
+            f"{name}: error: the work is done and its files are whole, but a part of what was "
+            f"printed is lost ({reason})",
+            file=sys.stderr,
+        )
+        sys.exit(2)

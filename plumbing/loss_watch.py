@@ -17,12 +17,15 @@ class LossWatch:
     """
 
     STEPS = 100  # the last losses of a level, whose median counts as usual
-    GROWTH = 1000  # times the usual loss: no batch is that much harder than others
+    GROWTH = 1000  # times the usual loss
+    # A batch may be a single document, and a hard one among easy ones. So the loss must also be
+    # this many times the largest of the first step and of all that are no longer among the last.
+    BEYOND = 10
 
     def __init__(self, model: nn.Module) -> None:
         self.model = model
         self.pending = None  # numbers on their way from the device
-        self.first = None  # losses (levels,) of the first step
+        self.first = None  # losses (levels,): the largest of the first step and of the older ones
         self.last = collections.deque(maxlen=self.STEPS)
 
     def __call__(self, losses: torch.Tensor, norm: torch.Tensor, step: int, lr: float) -> None:
@@ -57,13 +60,16 @@ class LossWatch:
             self.first = losses
         usual = np.median(self.last, axis=0) if self.last else self.first
         for level, loss in enumerate(losses):
-            if loss > self.GROWTH * usual[level] and loss > self.first[level]:
+            has_grown = loss > self.GROWTH * usual[level]
+            if has_grown and loss > self.BEYOND * self.first[level]:
                 what = (
                     f"the loss of level {level + 1} of {n_levels} is {loss:.3g}, more than a "
                     f"thousand times its median of the last {len(self.last)} steps, "
                     f"{usual[level]:.3g}"
                 )
                 self.stop(what, level, step, lr)
+        if len(self.last) == self.STEPS:
+            self.first = np.maximum(self.first, self.last[0]).tolist()
         self.last.append(losses)
 
     def stop(self, what: str, level: int | None, step: int, lr: float) -> None:

@@ -26,7 +26,7 @@ def main(run: str, out: str, label_bf16: bool) -> None:
     data = data._replace(splits={**data.splits, "train": train})
     settings = SMALL | {"epochs": 1, "batch_size": 9, "dropout": "0", "label_bf16": label_bf16}
     config = stages.train.Config(run=run, **settings)
-    config = stages.train.settle(config, stages.model.RECIPES, data.meta["encoder"])
+    config = stages.train.settle(config, stages.model.RECIPES, data.meta)
     model = stages.model.build(data, stages.tree.load(run), config)
     if not label_bf16:
         model.double()

@@ -11,6 +11,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +19,7 @@ import pytest
 import torch
 from conftest import ROOT, SMALL, stages
 
-from plumbing import checkpoints, training_log
+from plumbing import checkpoints, stopping, training_log
 from plumbing.errors import UserError
 from plumbing.stopping import asked_to_stop
 from plumbing.store import MADE_BY, load_npz, load_pt
@@ -104,13 +105,28 @@ def test_ctrl_c_saves_and_says_how_to_go_on(prepared, done, number):
     assert digest(prepared / "model.pt") == digest(done / "model.pt")
 
 
-def test_a_second_ctrl_c_stops_at_once():
+def test_a_second_ctrl_c_stops_at_once(monkeypatch):
+    monkeypatch.setattr(stopping, "ONCE_MORE", 0.05)
     with asked_to_stop() as asked, pytest.raises(KeyboardInterrupt):
         assert not asked()
         os.kill(os.getpid(), signal.SIGINT)
         assert asked()
+        time.sleep(0.1)
         os.kill(os.getpid(), signal.SIGINT)
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+
+
+@pytest.mark.parametrize("name", ["SIGINT", "SIGTERM", "SIGHUP"])
+def test_a_signal_that_comes_twice_is_one_wish(name, monkeypatch):
+    """`timeout` sends SIGTERM twice, a terminal that is closed SIGHUP, and whoever has started this
+    process may pass on a Ctrl-C. However late it comes, only Ctrl-C stops at once.
+    """
+    if name != "SIGINT":
+        monkeypatch.setattr(stopping, "ONCE_MORE", -1.0)
+    with asked_to_stop() as asked:
+        os.kill(os.getpid(), getattr(signal, name))
+        os.kill(os.getpid(), getattr(signal, name))
+        assert asked()
 
 
 @contextlib.contextmanager

@@ -307,6 +307,22 @@ def test_a_loss_that_was_tiny_may_come_back_to_where_it_began():
     watch.check()
 
 
+def test_a_loss_that_grows_step_by_step_is_found():
+    watch = LossWatch(torch.nn.Linear(1, 1))
+    with pytest.raises(UserError, match="more than a thousand times its median"):
+        for step in range(300):
+            watch(torch.tensor([1.2**step]), torch.tensor(1.0), step, 1e-3)
+
+
+def test_a_single_document_may_be_a_thousand_times_harder_than_the_others():
+    """A batch of one: first all documents are hard, then most of them are easy."""
+    losses = [0.5, *19 * [5.0], *400 * [1e-4], 8.0, 8.0, *90 * [1e-4], 8.0]
+    watch = LossWatch(torch.nn.Linear(1, 1))
+    for step, loss in enumerate(losses):
+        watch(torch.tensor([loss]), torch.tensor(1.0), step, 1e-3)
+    watch.check()
+
+
 def test_p_label_may_be_chosen_as_a_ranking_of_the_beam_and_exact_scoring_refuses_it(
     run, monkeypatch
 ):

@@ -55,7 +55,7 @@ def test_two_accumulated_halves_make_one_batch(done):
     results = []
     for size, accumulate in ((32, 1), (16, 2)):
         config = config_of(done, batch_size=size, accumulate=accumulate, epochs=1)
-        config = settle(config, stages.model.RECIPES, "tiny")
+        config = settle(config, stages.model.RECIPES, {"encoder": "tiny"})
         model = stages.model.build(loaded, stages.tree.load(done), config)
         model.dropout = torch.nn.ModuleList(torch.nn.Identity() for _ in model.heads)
         whole = loaded.batch("train", np.arange(32), 32)
@@ -177,7 +177,7 @@ def test_the_best_epoch_is_kept_by_validation(tmp_path, prepared, done, monkeypa
 
 def test_a_loss_that_is_not_finite_stops_the_run(done):
     loaded = stages.data.load(done)
-    config = settle(config_of(done), stages.model.RECIPES, "tiny")
+    config = settle(config_of(done), stages.model.RECIPES, {"encoder": "tiny"})
     model = stages.model.build(loaded, stages.tree.load(done), replace(config, pooling="mean"))
     with torch.no_grad():
         model.heads[0].weight.fill_(torch.nan)
@@ -255,7 +255,7 @@ def test_fp16_with_a_scaler_trains_on_a_gpu(tmp_path, prepared, done):
 )
 def test_a_step_on_a_gpu_waits_for_nothing(done):
     loaded = stages.data.load(done)
-    config = settle(config_of(done), stages.model.RECIPES, "tiny")
+    config = settle(config_of(done), stages.model.RECIPES, {"encoder": "tiny"})
     model = stages.model.build(loaded, stages.tree.load(done), config).cuda().train()
     batch = loaded.batch("train", np.arange(16), 32).to("cuda")
     groups = model.param_groups(1e-3, 1e-4)

@@ -16,7 +16,7 @@ The labels are ranked as validation chose, and a score is a probability under th
 line that is no such object is reported with its number and passed over; nothing is written for it.
 All messages go to stderr.
 
-Exit code 0: every line was tagged. 1: some were passed over, or nobody read the output any more.
+Exit code 0: every line was tagged. 1: some were passed over, or nobody read the output to its end.
 2: an error. Left out here: files that are compressed, and more than one model.
 
 Shapes   B texts of a batch, k labels of a text
@@ -41,6 +41,7 @@ from data.formats import LONGEST, encodable
 from plumbing.cli import flag, main, positive
 from plumbing.errors import UserError
 from plumbing.stages import load_stages
+from plumbing.streams import output_failure
 
 stages = load_stages()
 
@@ -248,6 +249,8 @@ def command(config: Config) -> None:
         # would try to write the rest, and complain. So its output goes nowhere from here on.
         nowhere = os.open(os.devnull, os.O_WRONLY)
         os.dup2(nowhere, sys.stdout.fileno())
+        code = 1
+    if output_failure():  # of --text
         code = 1
     sys.exit(code)
 

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from plumbing.cli import flag
+from plumbing.ownership import owned
 from plumbing.stages import load_stages
 from plumbing.store import link, load_npz, load_pt, save_npz
 
@@ -30,16 +31,17 @@ class Config:
 
 
 def folder(run: str, name: str, *files: str) -> Path:
-    """RUN/NAME, with the files of RUN in it."""
+    """RUN/NAME, with the files of RUN in it. UserError while something is trained there."""
     out = Path(run) / name
     out.mkdir(parents=True, exist_ok=True)
-    for file in files:
-        # Load it first: an error about a missing or damaged file then names RUN, not the new
-        # folder.
-        load = load_npz if file.endswith(".npz") else load_pt
-        load(Path(run) / file)
-        # A link takes no room on the disk, and is the very same file.
-        link(Path(run) / file, out / file)
+    with owned(out):
+        for file in files:
+            # Load it first: an error about a missing or damaged file then names RUN, not the new
+            # folder.
+            load = load_npz if file.endswith(".npz") else load_pt
+            load(Path(run) / file)
+            # A link takes no room on the disk, and is the very same file.
+            link(Path(run) / file, out / file)
     return out
 
 
@@ -58,8 +60,17 @@ def train_on_tree(
     run: str, name: str, levels: Callable[[list[int]], list[int]], build: Callable, **changes
 ) -> None:
     """Stages 4 and 5 in RUN/NAME, with the model of `build` on some levels of the tree."""
-    # 1. A run folder with the data of the cascade.
+    # A run folder with the data of the cascade.
     out = folder(run, name, "data.npz")
+    with owned(out):
+        train_in(out, run, levels, build, **changes)
+
+
+def train_in(
+    out: Path, run: str, levels: Callable[[list[int]], list[int]], build: Callable, **changes
+) -> None:
+    """train_on_tree, in the folder `out`."""
+    # 1. What the cascade was trained with.
     config = cascade_settings(run, out, **changes)
     tree = stages.tree.load(run)
     stages.data.load(out)

@@ -43,6 +43,7 @@ from torch import Tensor, nn
 
 from plumbing.cli import flag, int_list, main, positive, settings
 from plumbing.errors import UserError
+from plumbing.ownership import owned
 from plumbing.store import save_pt
 from plumbing.training_log import logger
 from variants import common
@@ -324,9 +325,16 @@ def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransfor
 def run(config: Config) -> None:
     if config.warm not in WARM_STARTS:
         raise UserError(f"--warm {config.warm}: expected one of {', '.join(WARM_STARTS)}")
-    # 1. A run folder of its own. The log would be appended to, so an old one has to go.
+    # A run folder of its own.
     name = NAME if config.warm == "linear" else f"{NAME}-{config.warm}"
     out = common.folder(config.run, name, "data.npz", "tree.npz")
+    with owned(out):
+        run_in(out, config)
+
+
+def run_in(out: Path, config: Config) -> None:
+    """Train and test XR-Transformer in the folder `out`."""
+    # 1. The log would be appended to, so an old one has to go.
     (out / "log.jsonl").unlink(missing_ok=True)
     # 2. The cascade's settings, but for the beam: b clusters, or all where a level has fewer.
     levels = stages.tree.load(out).levels
