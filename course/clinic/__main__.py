@@ -1,7 +1,7 @@
 """The bug clinic: eight bugs that do not crash.
 
     python -m course.clinic --list     the names of the bugs
-    python -m course.clinic NAME       healthy and sick figures side by side, in about a minute
+    python -m course.clinic NAME       healthy and sick figures side by side, in one to three minutes
 
 The script copies the code into a temporary folder, and puts the bug into this copy. Your own files
 are not changed. Then it trains and measures twice, with the code as it is and with the bug.
@@ -27,7 +27,8 @@ HERE = Path(__file__).parent
 ROOT = HERE.parent.parent
 CODE = ("*.py", "data/*.py", "plumbing/*.py", "course/*.py", "course/clinic/*.py")
 NAMES = sorted(path.stem for path in HERE.glob("*.patch"))
-NEEDS_DEAD_FEATURES = "08_weights_that_grow"
+# Two bugs need another encoder, or longer documents, to be seen (pipeline.py: SETTINGS).
+KINDS = {"04_the_size_of_a_batch": "long", "08_weights_that_grow": "dead"}
 
 
 def copy_code(folder: Path) -> None:
@@ -57,7 +58,7 @@ def run_in_copy(folder: Path, run: Path, kind: str) -> dict[str, float]:
 
 def compare(name: str, folder: Path) -> tuple[dict[str, float], dict[str, float]]:
     """(healthy figures, sick figures). All files go into `folder`."""
-    kind = "dead" if name == NEEDS_DEAD_FEATURES else "tiny"
+    kind = KINDS.get(name, "tiny")
     # 1. The corpus, and for one bug an encoder, too.
     corpus = folder / "corpus"
     make_small_corpus(ROOT / "data" / "debian", corpus)
