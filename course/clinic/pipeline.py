@@ -3,7 +3,8 @@
     python -m course.clinic.pipeline RUN KIND
 
 RUN holds data.npz and tree.npz. KIND is 'tiny', a small encoder from scratch, 'long', the same with
-192 tokens of a document instead of 64, or 'dead', the encoder of dead_encoder.py. The figures go to RUN/figures.json: {name: number}.
+192 tokens of a document instead of 64, or 'dead', the encoder of dead_encoder.py. The figures go to
+RUN/figures.json: {name: number}.
 """
 
 import contextlib
@@ -85,7 +86,7 @@ def of_weights(run: Path) -> dict[str, float]:
 
 
 def of_prediction(run: Path) -> dict[str, float]:
-    """The rows of stage 5's table that matter, and two of its columns for batches of other sizes."""
+    """What matters of stage 5's table, and two of its columns for batches of other sizes."""
     figures = {}
     n_test = len(stages.data.load(run).splits["test"])
     config = stages.eval.Config(run=str(run))
