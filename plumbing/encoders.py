@@ -143,9 +143,7 @@ def tokens_known(backbone: nn.Module) -> float:
     return getattr(table, "num_embeddings", math.inf)
 
 
-def check_weights(
-    name: str, backbone: nn.Module, found: dict, say: Callable[[str], None]
-) -> None:
+def check_weights(name: str, backbone: nn.Module, found: dict, say: Callable[[str], None]) -> None:
     """UserError unless nearly all weights that are read were in the encoder's files.
 
     The library leaves what it does not find at random numbers, and goes on. `found` is its report.

@@ -358,8 +358,10 @@ def printed_for(text: str, tmp_path, capsys) -> tuple[int, str]:
 
 
 def test_an_error_in_a_function_names_the_line_and_is_no_traceback(tmp_path, capsys):
-    lab = LABS[1].read_text().replace(
-        'raise NotImplementedError("step 2: P@j for all j")', "return hit_Nk + missing"
+    lab = (
+        LABS[1]
+        .read_text()
+        .replace('raise NotImplementedError("step 2: P@j for all j")', "return hit_Nk + missing")
     )
     line = 1 + lab[: lab.index("return hit_Nk + missing")].count("\n")
     status, printed = printed_for(lab, tmp_path, capsys)

@@ -71,9 +71,7 @@ def test_closed_streams_do_not_end_a_stage_and_nothing_is_printed_into_its_files
 
 
 def test_a_full_disk_below_the_output_is_said_when_the_work_is_done(prepared):
-    done = shell(
-        f"{sys.executable} 02_label_tree.py --run $1 --levels 4 > /dev/full", prepared
-    )
+    done = shell(f"{sys.executable} 02_label_tree.py --run $1 --levels 4 > /dev/full", prepared)
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "the work is done and its files are whole, but a part of what was printed is lost" in (
         done.stderr
