@@ -655,7 +655,7 @@ def run(config: Config) -> None:
     describe(splits, len(documents.labels), drops)
     describe_unknown(splits, tokenizer.unk_token_id, config.encoder)
     for surprise in surprises(documents.corpus, documents.labels, splits["train"], config.corpus):
-        print(f"warning: {surprise}")
+        print(f"surprise: {surprise}")
 
 
 if __name__ == "__main__":

@@ -803,7 +803,7 @@ def train(config: Config, data: data_stage.Data, tree: tree_stage.Tree, build: C
         print("no validation document has a label: the last epoch is kept")
     room = config.max_len - len(data.meta["prefix"]) - len(data.meta["suffix"])
     for surprise in tokens_cut(data.splits["train"].offsets, room):
-        print(f"warning: {surprise}")
+        print(f"surprise: {surprise}")
     shown = [f"{key}={value}" for key, value in settings(config).items()]
     print("settings: " + ", ".join(shown), flush=True)
     torch.manual_seed(config.seed + several_devices.number())

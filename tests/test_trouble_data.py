@@ -358,14 +358,12 @@ def test_stage_3_with_a_single_document(tmp_path, capsys):
 # --------------------------------------------------------------------------------------- surprises
 
 
-def warnings(folder, tmp_path, capsys) -> str:
+def surprises_of(folder, tmp_path, capsys) -> str:
     """The surprises that stage 1 prints."""
     config = stages.data.Config(run=str(tmp_path / "run"), corpus=str(folder), vocab=200)
     stages.data.run(config)
     lines = capsys.readouterr().out.splitlines()
-    said = [line for line in lines if line.startswith("warning: ")]
-    # Unknown tokens have tests of their own.
-    return "\n".join(line for line in said if "unknown" not in line)
+    return "\n".join(line for line in lines if line.startswith("surprise: "))
 
 
 def table(folder, cells: list[str]):
@@ -391,14 +389,16 @@ SURPRISES = [
 
 @pytest.mark.parametrize(("cells", "said"), [case[1:] for case in SURPRISES])
 def test_a_surprise_is_said(tmp_path, capsys, cells, said):
-    assert said in warnings(table(tmp_path / "corpus", cells), tmp_path, capsys)
+    assert said in surprises_of(table(tmp_path / "corpus", cells), tmp_path, capsys)
 
 
 def test_a_corpus_without_surprises_gets_no_line(tmp_path, capsys):
     corpus = make_corpus(tmp_path / "corpus")
     (corpus / "README.txt").write_text("where it is from")
-    assert warnings(corpus, tmp_path, capsys) == ""
-    assert warnings(table(tmp_path / "table", ["a;b", "a", "[x]; c"] * 10), tmp_path, capsys) == ""
+    assert surprises_of(corpus, tmp_path, capsys) == ""
+    assert (
+        surprises_of(table(tmp_path / "table", ["a;b", "a", "[x]; c"] * 10), tmp_path, capsys) == ""
+    )
 
 
 @pytest.mark.parametrize("name", ["train.jsonl.gz", "valid.jsonl", "test.csv", "trn_X_Xf.txt"])
@@ -409,7 +409,7 @@ def test_files_that_are_not_read_are_named(tmp_path, capsys, name):
     )
     corpus = write(tmp_path / "c", train__jsonl=rows, val__jsonl=rows, test__jsonl=rows)
     (corpus / name).write_bytes(gzip.compress(rows.encode()))
-    said = warnings(corpus, tmp_path, capsys)
+    said = surprises_of(corpus, tmp_path, capsys)
     assert f"looks like a part of the corpus: {name} (" in said
 
 
