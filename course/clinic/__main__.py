@@ -1,8 +1,7 @@
 """The bug clinic: eight bugs that do not crash.
 
     python -m course.clinic --list     the names of the bugs
-    python -m course.clinic NAME       healthy and sick figures side by side (half a minute of CPU
-                                       time; three times as much for 04)
+    python -m course.clinic NAME       healthy and sick figures side by side, in half a CPU minute
 
 The script copies the code into a temporary folder, and puts the bug into this copy. Your own files
 are not changed. Then it trains and measures twice, with the code as it is and with the bug.
