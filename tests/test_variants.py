@@ -386,6 +386,41 @@ def test_all_systems_side_by_side(run, capsys, tmp_path):
         compare.run(compare.Config(run=str(copy)))
 
 
+def test_chosen_systems_come_in_order_with_what_they_need():
+    assert compare.chosen("all") == list(compare.SYSTEMS)
+    # The cascade first, whatever the order asked for.
+    assert compare.chosen("light_xml,one_vs_all") == ["cascade", "one-vs-all", "LightXML"]
+    # A ranker brings the system that it is run on, and nothing else.
+    assert compare.chosen("xr_transformer/ranker") == [
+        "cascade",
+        "XR-Transformer, neural only",
+        "XR-Transformer + ranker",
+    ]
+    assert compare.chosen("ranker") == ["cascade", "cascade + ranker"]
+    for unknown in ("elias", "", "one_vs_all,"):
+        with pytest.raises(UserError, match="choose from ranker, xr_transformer"):
+            compare.chosen(unknown)
+
+
+def test_only_the_chosen_systems_are_trained(run, capsys, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("data.npz", "tree.npz", "model.pt", "log.jsonl", "predictions.npz"):
+        shutil.copy(run / name, copy / name)
+    compare.run(compare.Config(run=str(copy), systems="one_vs_all", documents=30))
+    folders = [path.name for path in copy.iterdir() if path.is_dir()]
+    assert folders == ["one_vs_all"]
+    # Both systems are in the first table, and one-vs-all in that of the differences.
+    printed = capsys.readouterr().out
+    table = printed[printed.index("%, mean of 1 runs") :].splitlines()
+    names = [line[:44].strip() for line in table]
+    assert [name for name in names if name in compare.SYSTEMS] == [
+        "cascade",
+        "one-vs-all",
+        "one-vs-all",
+    ]
+
+
 def test_the_commands_of_the_readme(run, capsys):
     """In this process: as main runs them."""
     (commands,) = re.findall(
@@ -428,6 +463,7 @@ def test_what_cannot_be_is_refused(run, tmp_path):
         compare.run(compare.Config(run=str(tmp_path)))
     assert {field.name for field in dataclasses.fields(compare.Config)} == {
         "run",
+        "systems",
         "documents",
         "seed",
     }
