@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from plumbing.cli import parse
 from plumbing.errors import UserError
 from plumbing.store import load_npz, load_pt, save_pt
+from tools import report
 
 if not (ROOT / "variants").is_dir():
     pytest.skip("variants/ has been deleted", allow_module_level=True)
@@ -445,6 +446,28 @@ def test_a_staged_model_is_not_taken_for_a_cascade(run):
     ):
         stages.train.load(folder, stages.data.load(folder))
     assert isinstance(ranker.load_model(str(folder))[0], xr_transformer.XRTransformer)
+
+
+def test_a_staged_model_predicts_the_validation_split_too(run, capsys):
+    folder = run / xr_transformer.NAME
+    if not folder.exists():
+        xr_transformer.run(xr_transformer.Config(run=str(run)))
+    # The file is what the trained model finds for these documents.
+    data = stages.data.load(folder)
+    model, settings, _ = ranker.load_model(str(folder))
+    rows = np.arange(len(data.splits["val"]))
+    batch = data.batch("val", rows, settings.max_len)
+    with torch.no_grad():
+        labels, scores = model.eval().predict(batch, 5)
+    arrays, meta = load_npz(folder / "predictions.val.npz")
+    assert meta["config"]["split"] == "val"
+    np.testing.assert_allclose(arrays["scores"][:, :5], scores.exp().numpy(), rtol=1e-3)
+    same = arrays["labels"][:, 0] == labels[:, 0].numpy()
+    assert same.mean() > 0.95  # all but ties
+    # With it the report has thresholds.
+    capsys.readouterr()
+    report.run(report.Config(run=str(folder)))
+    assert "nothing chosen on validation" not in capsys.readouterr().out
 
 
 def test_what_cannot_be_is_refused(run, tmp_path):

@@ -342,7 +342,7 @@ def run(config: Config) -> None:
     }
     made_from = ("data.npz", "tree.npz")
     save_pt(out / "model.pt", train_config, content, made_from, stage=f"variants/{NAME}.py")
-    # 4. Predict the test split.
+    # 4. Predict the validation and test splits.
     common.test(out, model, train_config, NAME, seconds)
 
 
