@@ -5,7 +5,7 @@ cascade's tree.
     python -m variants.xr_transformer --run runs/demo --warm none
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt (its settings)
-Writes   RUN/xr_transformer/    model.pt, log.jsonl, predictions.npz;
+Writes   RUN/xr_transformer/    model.pt, log.jsonl, predictions.npz, predictions.val.npz;
          with another --warm, RUN/xr_transformer-WARM/
 
 The cascade trains all levels at once. XR-Transformer trains them one after the other, from coarse
