@@ -15,6 +15,7 @@ from scipy.optimize import minimize
 from plumbing.cli import parse
 from plumbing.errors import UserError
 from plumbing.store import load_npz, load_pt, save_pt
+from tools import report
 
 if not (ROOT / "variants").is_dir():
     pytest.skip("variants/ has been deleted", allow_module_level=True)
@@ -386,6 +387,41 @@ def test_all_systems_side_by_side(run, capsys, tmp_path):
         compare.run(compare.Config(run=str(copy)))
 
 
+def test_chosen_systems_come_in_order_with_what_they_need():
+    assert compare.chosen("all") == list(compare.SYSTEMS)
+    # The cascade first, whatever the order asked for.
+    assert compare.chosen("light_xml,one_vs_all") == ["cascade", "one-vs-all", "LightXML"]
+    # A ranker brings the system that it is run on, and nothing else.
+    assert compare.chosen("xr_transformer/ranker") == [
+        "cascade",
+        "XR-Transformer, neural only",
+        "XR-Transformer + ranker",
+    ]
+    assert compare.chosen("ranker") == ["cascade", "cascade + ranker"]
+    for unknown in ("elias", "", "one_vs_all,"):
+        with pytest.raises(UserError, match="choose from ranker, xr_transformer"):
+            compare.chosen(unknown)
+
+
+def test_only_the_chosen_systems_are_trained(run, capsys, tmp_path):
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("data.npz", "tree.npz", "model.pt", "log.jsonl", "predictions.npz"):
+        shutil.copy(run / name, copy / name)
+    compare.run(compare.Config(run=str(copy), systems="one_vs_all", documents=30))
+    folders = [path.name for path in copy.iterdir() if path.is_dir()]
+    assert folders == ["one_vs_all"]
+    # Both systems are in the first table, and one-vs-all in that of the differences.
+    printed = capsys.readouterr().out
+    table = printed[printed.index("%, mean of 1 runs") :].splitlines()
+    names = [line[:44].strip() for line in table]
+    assert [name for name in names if name in compare.SYSTEMS] == [
+        "cascade",
+        "one-vs-all",
+        "one-vs-all",
+    ]
+
+
 def test_the_commands_of_the_readme(run, capsys):
     """In this process: as main runs them."""
     (commands,) = re.findall(
@@ -412,6 +448,28 @@ def test_a_staged_model_is_not_taken_for_a_cascade(run):
     assert isinstance(ranker.load_model(str(folder))[0], xr_transformer.XRTransformer)
 
 
+def test_a_staged_model_predicts_the_validation_split_too(run, capsys):
+    folder = run / xr_transformer.NAME
+    if not folder.exists():
+        xr_transformer.run(xr_transformer.Config(run=str(run)))
+    # The file is what the trained model finds for these documents.
+    data = stages.data.load(folder)
+    model, settings, _ = ranker.load_model(str(folder))
+    rows = np.arange(len(data.splits["val"]))
+    batch = data.batch("val", rows, settings.max_len)
+    with torch.no_grad():
+        labels, scores = model.eval().predict(batch, 5)
+    arrays, meta = load_npz(folder / "predictions.val.npz")
+    assert meta["config"]["split"] == "val"
+    np.testing.assert_allclose(arrays["scores"][:, :5], scores.exp().numpy(), rtol=1e-3)
+    same = arrays["labels"][:, 0] == labels[:, 0].numpy()
+    assert same.mean() > 0.95  # all but ties
+    # With it the report has thresholds.
+    capsys.readouterr()
+    report.run(report.Config(run=str(folder)))
+    assert "nothing chosen on validation" not in capsys.readouterr().out
+
+
 def test_what_cannot_be_is_refused(run, tmp_path):
     for module, flags, message in (
         (xr_transformer, {"warm": "hot"}, "--warm hot"),
@@ -428,6 +486,7 @@ def test_what_cannot_be_is_refused(run, tmp_path):
         compare.run(compare.Config(run=str(tmp_path)))
     assert {field.name for field in dataclasses.fields(compare.Config)} == {
         "run",
+        "systems",
         "documents",
         "seed",
     }

@@ -102,7 +102,10 @@ def train_in(
 def test(
     out: Path, model, config: stages.train.Config, name: str, seconds: float, k: int = 100
 ) -> None:
-    """Predict the test split by model.predict, and save it."""
+    """Predict the validation and test splits by model.predict, and save them.
+
+    tools.report chooses thresholds of the scores on the validation split.
+    """
     data = stages.data.load(out)
 
     def predict(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
@@ -111,8 +114,9 @@ def test(
 
     # Without a backward pass there is memory for twice as many documents as in training.
     size = 2 * config.batch_size
-    found = stages.train.predict_split(model, data, "test", config.max_len, size, predict, k)
-    save_predictions(out, data, found["labels"], found["scores"], name, seconds)
+    for split in ("val", "test"):
+        found = stages.train.predict_split(model, data, split, config.max_len, size, predict, k)
+        save_predictions(out, data, found["labels"], found["scores"], name, seconds, split=split)
 
 
 def save_predictions(
@@ -123,19 +127,20 @@ def save_predictions(
     name: str,
     seconds: float,
     made_from: tuple[str, ...] = ("data.npz", "tree.npz"),
+    split: str = "test",
 ) -> None:
-    """Write predictions.npz of the test split, from log scores, and print its metrics.
+    """Write the predictions of a split, from log scores. Print the metrics of the test split.
 
     `seconds`: how long the training took.
     """
     # 1. The file, in the format of stage 5, so that the tools can read it.
-    config = stages.eval.Config(run=str(out), k=labels_Nk.shape[1])
+    config = stages.eval.Config(run=str(out), split=split, k=labels_Nk.shape[1])
     arrays = {
         "labels": labels_Nk.astype(np.int32),
         "scores": np.exp(scores_Nk).astype(np.float32),
     }
     save_npz(
-        out / "predictions.npz",
+        out / stages.eval.file_of(split),
         config,
         arrays,
         made_from=made_from,
@@ -143,6 +148,8 @@ def save_predictions(
         ranking=name,
         seconds=seconds,
     )
+    if split != "test":
+        return
     # 2. The same row that stage 5 prints for the cascade. Rare labels weigh more in PSP (05_eval.py
     #    says how much), and how rare a label is, is counted on the training documents.
     train = data.splits["train"]

@@ -2,6 +2,7 @@
 
     python -m variants.compare --run runs/demo
     python -m variants.compare --run runs/seed-0,runs/seed-1,runs/seed-2     mean and spread
+    python -m variants.compare --systems one_vs_all,light_xml                only these
 
 Reads    each RUN, in which the cascade has been trained and tested (stages 1, 2, 4, 5)
 Writes   RUN/{ranker,xr_transformer,xr_transformer/ranker,one_vs_all,light_xml}/, where there are no
@@ -62,6 +63,11 @@ class Config:
     run: str = flag(
         "runs/demo", "folders of the cascade's runs, with several seeds, separated by commas"
     )
+    systems: str = flag(
+        "all",
+        "folders of the systems to train and compare with the cascade, separated by commas, such "
+        "as one_vs_all,xr_transformer/ranker",
+    )
     documents: int = flag(1000, "test documents to measure the speed of prediction with", positive)
     seed: int = flag(0, "seed of the bootstrap", natural)
 
@@ -70,14 +76,34 @@ class Config:
 ITS_OWN = ("topk", "layers", "dropout")
 
 
-# 1. Training what is missing.
+# 1. Which systems, and training what is missing.
 
 
-def train_missing(run: str) -> None:
+def chosen(systems: str) -> list[str]:
+    """The names, in the order of SYSTEMS, of the systems that --systems asks for.
+
+    The cascade is always among them: the others are compared with it. So is the system that a
+    ranker is run on. UserError where there is no such system.
+    """
+    if systems == "all":
+        return list(SYSTEMS)
+    folders = systems.split(",")
+    known = {folder: on for folder, module, on in SYSTEMS.values() if module is not None}
+    wanted = {""}  # the folder of the cascade is RUN itself
+    for folder in folders:
+        if folder not in known:
+            raise UserError(f"--systems {systems}: choose from {', '.join(known)}, or all")
+        wanted.add(folder)
+        wanted.add(known[folder])
+    return [name for name, (folder, *_) in SYSTEMS.items() if folder in wanted]
+
+
+def train_missing(run: str, names: list[str]) -> None:
     """Train the systems that have no predictions in RUN yet; check those that have some."""
     # The cascade itself is for stages 1 to 5 to make.
     load_npz(Path(run) / "predictions.npz")
-    for name, (folder, module, on) in SYSTEMS.items():
+    for name in names:
+        folder, module, on = SYSTEMS[name]
         if not (Path(run) / folder / "predictions.npz").exists():
             print(f"\n{name} in {run}", flush=True)
             module.run(module.Config(run=str(Path(run) / on)))
@@ -236,14 +262,14 @@ def print_metrics(
     header = f"%, mean of {len(runs)} runs; +- standard deviation"
     print(f"\n{header:44}" + cells([*titles, *costs], ">8"))
     added = {}
-    for name, (folder, *_) in SYSTEMS.items():
+    for name, system in systems.items():
         # 1. Measure each run, and take the means.
+        folder, *_ = SYSTEMS[name]
         measured = [measure(Path(one) / folder) for one in runs]
         values = [row for row, _ in measured]
         added[name] = np.mean([part for _, part in measured], axis=0)
         train_seconds = np.mean([training_seconds(Path(one) / folder) for one in runs])
         # 2. Print them beside the costs.
-        system = systems[name]
         speed = n_documents / seconds[name]
         of_system = (
             f"{system.scored:8,.0f}{train_seconds:8,.0f}{speed:8,.0f}{system.parameters:8,.1f}"
@@ -262,7 +288,7 @@ def print_differences(added: dict[str, np.ndarray], seed: int) -> None:
     # Where the metrics that are tested stand among those of tools.compare.
     titles = [f"{metric}@{j}" for metric, j in ADDED]
     columns = [titles.index(title) for title in TESTED]
-    for name in SYSTEMS:
+    for name in added:
         if name == "cascade":
             continue
         quantiles = minus_cascade(added[name], added["cascade"], seed)
@@ -276,10 +302,11 @@ def print_differences(added: dict[str, np.ndarray], seed: int) -> None:
 def run(config: Config) -> None:
     # 1. Train what is missing, in every run.
     runs = config.run.split(",")
+    names = chosen(config.systems)
     for one in runs:
-        train_missing(one)
+        train_missing(one, names)
     # 2. The speeds, all systems in turn: if the machine is busy for a while, all suffer alike.
-    systems = {name: predictor(runs[0], name, config.documents) for name in SYSTEMS}
+    systems = {name: predictor(runs[0], name, config.documents) for name in names}
     passes = {name: system.predict for name, system in systems.items()}
     seconds = in_turn(passes, rounds=3)
     n_documents = min(config.documents, len(stages.data.load(runs[0]).splits["test"]))

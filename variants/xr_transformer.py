@@ -5,7 +5,7 @@ cascade's tree.
     python -m variants.xr_transformer --run runs/demo --warm none
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt (its settings)
-Writes   RUN/xr_transformer/    model.pt, log.jsonl, predictions.npz;
+Writes   RUN/xr_transformer/    model.pt, log.jsonl, predictions.npz, predictions.val.npz;
          with another --warm, RUN/xr_transformer-WARM/
 
 The cascade trains all levels at once. XR-Transformer trains them one after the other, from coarse
@@ -350,7 +350,7 @@ def run_in(out: Path, config: Config) -> None:
     }
     made_from = ("data.npz", "tree.npz")
     save_pt(out / "model.pt", train_config, content, made_from, stage=f"variants/{NAME}.py")
-    # 4. Predict the test split.
+    # 4. Predict the validation and test splits.
     common.test(out, model, train_config, NAME, seconds)
 
 
