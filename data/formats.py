@@ -439,9 +439,8 @@ def text_pairs(folder: Path, separator: str) -> Corpus | None:
     if labels is not None and not matrices:
         names = {name for name, _ in labels}
         by_name = any(has_names(path, names, commas) for path in text_labels)
-    if labels is None:
-        between = "commas" if commas else "blanks"
-        notes.append(f"labels are read as names between {between}")
+    if by_name and commas:
+        notes.append("commas stand between the labels, so that names may have blanks in them")
 
     # 4. Texts and labels are read side by side.
     def read(split: str) -> Iterator[Document]:

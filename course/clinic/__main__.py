@@ -43,7 +43,9 @@ def copy_code(folder: Path) -> None:
 def put_bug(name: str, folder: Path) -> None:
     """Apply the patch to a copy. CalledProcessError if it does not fit."""
     patch = HERE / f"{name}.patch"
-    subprocess.run(["patch", "-p1", "-s", "-i", str(patch)], cwd=folder, check=True)
+    # Where the copy lies within another repository, git would look for the files there.
+    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    subprocess.run(["git", "apply", str(patch)], cwd=folder, env=environment, check=True)
 
 
 def run_in_copy(folder: Path, run: Path, kind: str) -> dict[str, float]:
