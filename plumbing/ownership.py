@@ -88,8 +88,10 @@ def take(path: Path) -> int | None:
         if is_still_there(file, path):
             break
         os.close(file)  # its owner has just ended and removed it: once more
-    os.ftruncate(file, 0)
-    os.write(file, who_we_are().encode())
+    # On a full disk the folder is ours without our name in it.
+    with contextlib.suppress(OSError):
+        os.ftruncate(file, 0)
+        os.write(file, who_we_are().encode())
     return file
 
 

@@ -123,10 +123,15 @@ def test_a_signal_that_comes_twice_is_one_wish(name, monkeypatch):
     """
     if name != "SIGINT":
         monkeypatch.setattr(stopping, "ONCE_MORE", -1.0)
-    with asked_to_stop() as asked:
-        os.kill(os.getpid(), getattr(signal, name))
-        os.kill(os.getpid(), getattr(signal, name))
-        assert asked()
+    number = getattr(signal, name)
+    before = signal.signal(number, signal.default_int_handler)  # nohup ignores SIGHUP
+    try:
+        with asked_to_stop() as asked:
+            os.kill(os.getpid(), number)
+            os.kill(os.getpid(), number)
+            assert asked()
+    finally:
+        signal.signal(number, before)
 
 
 @contextlib.contextmanager
