@@ -4,7 +4,8 @@
 Goal      You can say, for a small tree, what every level of the cascade keeps and scores, in
           training and in prediction, and why a correct label can be lost.
 Reading   course/lecture.md, sections 5 and 6; the docstrings at the top of 02_label_tree.py and of
-          03_model.py; functions: expand in 02_label_tree.py, Cascade.nodes in 03_model.py
+          03_model.py; functions: expand in 02_label_tree.py, Cascade.nodes in 03_model.py (try it
+          yourself first: these are the solutions of steps 1 and 2)
 Commands  python -m course.check 0      after every step
 Minutes   computing: none to speak of (the check takes seconds); of yours: 30
 Target    4 of 4 steps pass
@@ -23,7 +24,8 @@ Level 1 keeps two clusters, which here are all, and level 2 keeps two as well. T
 correct label, label 4.
 
 Fill in every function that raises NotImplementedError. In the first two you write code. In the last
-two you write the answer itself, as numbers: trace the descent with a pencil.
+two you write the answer itself, as lists of numbers (a single number, too: [3]): trace the descent
+with a pencil.
 """
 
 import sys

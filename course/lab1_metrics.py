@@ -13,6 +13,7 @@ Minutes   computing: 1 (two cores); of yours: 75
 Target    6 of 6 steps pass, and the last cell prints
               most frequent labels        5.6    4.3     5.4    1.9   the same as stage 5's
               20 neighbours              38.5   19.9    35.8   18.1   the same as stage 5's
+          (30% of the labels are unseen then: 12,000 of the 37,887 documents have none of them)
 
 Fill in every function that raises NotImplementedError. Shape letters: N documents, L labels,
 k predictions of a document, V words (docs/glossary.md has all).

@@ -4,8 +4,11 @@
 Goal      You know what the cascade learns from: which nodes are in the loss, and which layer of the
           encoder each level reads. You have seen what each choice is worth.
 Reading   course/lecture.md, sections 6 and 7; functions in 03_model.py: Cascade.level_loss,
-          shortlist, choose_layers; docs/forking.md, "Other negatives"
-Commands  the three commands of lab 2, if lab 2 has not run them
+          shortlist, choose_layers; docs/forking.md, "Other negatives" (try it yourself first: these
+          are the solutions)
+Commands  python 01_data.py --run runs/course --limit 12000 --vocab 8000      if lab 2 has not run
+          python 02_label_tree.py --run runs/course                           these three
+          python 04_train.py --run runs/course --max-len 32 --epochs 3 --topk 32,64
           python -m course.check 4                                            after every step
           python -m course.lab4_negatives                                     at the end
 Minutes   computing: 7, and 1.5 for the commands of lab 2 (two cores); of yours: 60

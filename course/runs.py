@@ -18,7 +18,8 @@ def need(run: str, *names: str) -> None:
     """Ends the lab with a sentence if a file of the run folder is missing."""
     for name in names:
         if not (Path(run) / name).exists():
-            sys.exit(f"{run}/{name} is missing; run the commands at the top of this lab")
+            missing = (Path(run) / name).resolve()
+            sys.exit(f"{missing} is missing; run the commands at the top of this lab")
 
 
 def new_run(run: str, name: str) -> str:

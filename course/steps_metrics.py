@@ -126,7 +126,8 @@ NDCG = Step(
     mistakes=[
         Mistake(
             against_j_labels,
-            "the best possible ranking has min(j, n) correct labels, not always j",
+            "the best possible ranking has min(j, n) correct labels, not always j: divide by its "
+            "sum over min(j, n) ranks, which in an array from 0 stands at place min(j, n) - 1",
         ),
         Mistake(undivided_gain, "this is DCG; divide by the sum of the best possible ranking"),
         Mistake(

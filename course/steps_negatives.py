@@ -104,6 +104,12 @@ def raised_by_one(noise_BKF: Tensor, targets_BKF: Tensor, k: int) -> Tensor:
     return model_stage.shortlist(noise_BKF + targets_BKF, None, k)
 
 
+def all_correct_alike(noise_BKF: Tensor, targets_BKF: Tensor, k: int) -> Tensor:
+    """As `score + 1e9 * targets` in float32, or torch.where(targets, inf, noise), does."""
+    score_BKF = torch.where(targets_BKF > 0, torch.inf, noise_BKF)
+    return score_BKF.flatten(1).topk(k).indices
+
+
 def is_there_twice(result: Tensor, *arguments) -> bool:
     return any(len(row.unique()) < len(row) for row in torch.as_tensor(result))
 
@@ -123,9 +129,16 @@ RANDOM_SHORTLIST = Step(
             "noise has no bounds, so 1 more does not put a candidate first; its sigmoid is between "
             "0 and 1",
         ),
+        Mistake(
+            all_correct_alike,
+            "all correct candidates have the same score here: add the bonus to the sigmoid of the "
+            "noise, so that the noise still decides among them (a bonus of a billion would swallow "
+            "it)",
+        ),
     ],
     signs=[Sign(is_there_twice, "a place is there twice: its labels would be trained twice")],
-    hint="a score (B, K, F) that is larger for correct candidates than for any other, then topk",
+    hint="a score (B, K, F) that is larger for correct candidates than for any other, then "
+    ".flatten(1).topk(k, dim=1)",
     view=by_place,
 )
 
@@ -164,6 +177,7 @@ LAYERS = Step(
         Case("12 layers, 4 levels", (12, 4)),
         Case("4 layers, 3 levels", (4, 3)),
         Case("1 layer, 3 levels", (1, 3)),
+        Case("1 layer, 5 levels", (1, 5)),
         Case("6 layers, 1 level", (6, 1)),
     ],
     mistakes=[
