@@ -485,7 +485,7 @@ def predict_split(
     labels that are known of a document beforehand make room for the next ones.
     """
     model.eval()
-    device = model.slot_to_label.device
+    device = next(model.parameters()).device
     # Where labels are known beforehand, predict as many more: k are left when these are taken out.
     known = data.known.get(name)
     more = most_known(known)
@@ -858,8 +858,11 @@ def load(
             "run the script that it was trained with"
         )
     config = config_type(run=str(folder), **content["config"])
-    # The encoder is built from the description in the file, without the folder it came from.
-    encoder = model_stage.make_encoder(data, config, content["encoder"], content["model"])
+    # The encoder is built from the description in the file, without the folder it came from. A model
+    # whose encoder has no description makes it itself.
+    encoder = None
+    if content["encoder"] is not None:
+        encoder = model_stage.make_encoder(data, config, content["encoder"], content["model"])
     model = build(data, tree_stage.load(folder), config, encoder)
     set_weights(model, content["model"], path, meta["stage"])
     trained_as = content.get("cascade", "Cascade")  # older files do not say
