@@ -125,6 +125,14 @@ def test_the_mean_does_not_see_the_order_of_words_and_the_trunk_does():
         assert (control(other, there) - control(e_BWE, there)).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("with_norm", [True, False])
+def test_a_layer_has_a_shortcut_around_it(with_norm):
+    layer = inception_xml.Layer(with_norm).eval()
+    layer.linear.bias.data.fill_(-1e4)  # whatever comes in, GELU gives 0
+    x_BD = torch.randn(3, D)
+    torch.testing.assert_close(layer(x_BD), x_BD)
+
+
 def test_every_cluster_kept_is_every_label_scored(run):
     model, data = model_of(run)
     model.eval()
