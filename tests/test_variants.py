@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from conftest import ROOT, gradient, make_corpus, stages
+from conftest import HAS_VARIANTS, ROOT, gradient, make_corpus, stages
 from scipy.optimize import minimize
 
 from plumbing.cli import parse
@@ -17,7 +17,7 @@ from plumbing.errors import UserError
 from plumbing.store import load_npz, load_pt, save_pt
 from tools import report
 
-if not (ROOT / "variants").is_dir():
+if not HAS_VARIANTS:
     pytest.skip("variants/ has been deleted", allow_module_level=True)
 from variants import common, compare, light_xml, one_vs_all, ranker, staging, svm, xr_transformer
 
