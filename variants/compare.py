@@ -50,7 +50,7 @@ from plumbing.precision import in_turn
 from plumbing.store import load_npz, load_pt, write_whole
 from tools.compare import COLUMNS as ADDED
 from tools.compare import bootstrap, contributions, load_predictions
-from variants import inception_xml, light_xml, one_vs_all, ranker, xr_transformer
+from variants import gandalf, inception_xml, light_xml, one_vs_all, ranker, xr_transformer
 from variants.common import stages
 
 # Settings in which a variant may differ from its cascade.
@@ -95,6 +95,7 @@ SYSTEMS = {
     "LightXML": System(light_xml.NAME, trains(light_xml), light_xml.build),
     "SyncXML": short_text("sync_xml"),
     "InceptionXML": short_text("inception_xml"),
+    "Gandalf": System(gandalf.NAME, trains(gandalf)),
 }
 METRICS = [("P", 1), ("P", 3), ("P", 5), ("PSP", 1), ("PSP", 3), ("PSP", 5), ("R", 10), ("R", 100)]
 TESTED = ("P@1", "P@5", "PSP@5")  # by the bootstrap
