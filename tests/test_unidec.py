@@ -120,10 +120,16 @@ def test_the_least_psl_is_the_log_of_the_number_of_positives_and_the_least_decou
     torch.testing.assert_close(decoupled_B, torch.zeros(6))
 
 
-def test_decoupled_has_a_gradient_where_every_label_is_positive():
+@pytest.mark.parametrize("loss", unidec.LOSSES)
+def test_what_is_known_and_pools_of_positives_alone_have_a_finite_gradient(loss):
+    model = SimpleNamespace(form=unidec.LOSSES[loss])
+    batch = SimpleNamespace(
+        is_known_BA=torch.tensor([[True, False, False], [False, False, False]]),
+        is_positive_BA=torch.tensor([[False, True, True], [True, True, True]]),
+    )
     score_BA = torch.zeros(2, 3, requires_grad=True)
-    unidec.decoupled(score_BA, torch.ones(2, 3, dtype=torch.bool)).sum().backward()
-    assert score_BA.grad.isfinite().all()
+    unidec.DualEncoder.mean_loss(model, score_BA, batch).backward()
+    assert score_BA.grad.isfinite().all() and score_BA.grad[0, 0] == 0
 
 
 # The pool.

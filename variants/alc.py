@@ -61,7 +61,6 @@ NAME = "alc"
 RIGHT = 0.9  # a positive's cosine should be above
 WRONG = 0.5  # a negative's below
 OTHERS = 7  # hard negatives that other documents have brought
-FAR = -1e4
 TARGETS = (0.95, 0.9, 0.8)  # of the first labels answered, how many shall be right
 RESAMPLES = 1000
 
@@ -102,7 +101,7 @@ def pair_of(document_E: Tensor, label_E: Tensor) -> Tensor:
 
 def hardest_negative(cosine_BA: Tensor, is_negative_BA: Tensor) -> Tensor:
     """(B,): the place in the pool of each document's negative with the largest cosine."""
-    return cosine_BA.detach().masked_fill(~is_negative_BA, FAR).argmax(1)
+    return cosine_BA.detach().masked_fill(~is_negative_BA, -torch.inf).argmax(1)
 
 
 def brought_by_others(
@@ -117,7 +116,7 @@ def brought_by_others(
     is_hardest_of_some_A[hardest_B] = True
     is_other_BA = is_negative_BA & is_hardest_of_some_A
     is_other_BA.scatter_(1, hardest_B[:, None], False)
-    score_BA = cosine_BA.detach().masked_fill(~is_other_BA, FAR)
+    score_BA = cosine_BA.detach().masked_fill(~is_other_BA, -torch.inf)
     place_BJ = score_BA.topk(min(OTHERS, score_BA.shape[1]), dim=1).indices
     return place_BJ, is_other_BA.gather(1, place_BJ)
 
@@ -146,7 +145,7 @@ class PairHeads(nn.Module):
     def query_batch_loss(self, x_BE: Tensor, label_BJE: Tensor, counts_BJ: Tensor) -> Tensor:
         """Which of J is the positive? It stands first. Cross-entropy over those that count."""
         pair_BJF = pair_of(x_BE[:, None].expand_as(label_BJE), label_BJE)
-        score_BJ = self.query_batch(pair_BJF).squeeze(-1).masked_fill(~counts_BJ, FAR)
+        score_BJ = self.query_batch(pair_BJF).squeeze(-1).masked_fill(~counts_BJ, -torch.inf)
         first_B = torch.zeros(len(x_BE), dtype=torch.long, device=x_BE.device)
         return functional.cross_entropy(score_BJ, first_B)
 

@@ -64,7 +64,6 @@ WIDTH = 256  # E
 SCALE = 18.0  # cosines are between -1 and 1; a softmax needs larger differences. It does not learn
 TEXT_LEN = 24  # tokens of a label's text
 CHUNK = 512  # label texts encoded at a time
-FAR = -1e4  # a score whose exp is 0
 
 
 @dataclass(frozen=True)
@@ -89,7 +88,7 @@ def pick_some_labels(score_BA: Tensor, is_positive_BA: Tensor) -> Tensor:
 
 def decoupled(score_BA: Tensor, is_positive_BA: Tensor) -> Tensor:
     """As PSL, but a positive competes with the negatives alone, not with the other positives."""
-    negative_BA = score_BA.masked_fill(is_positive_BA, FAR)
+    negative_BA = score_BA.masked_fill(is_positive_BA, -torch.inf)
     all_negatives_B1 = negative_BA.logsumexp(dim=1, keepdim=True)
     # The logarithm of the sum of one positive's exp and the negatives'.
     log_sum_BA = torch.logaddexp(score_BA, all_negatives_B1)
@@ -170,7 +169,7 @@ class DualEncoder(nn.Module):
     def mean_loss(self, score_BA: Tensor, batch: Batch) -> Tensor:
         """The mean over the documents that have a positive in the pool; the others are dropped."""
         # What is known of a document beforehand has no part in its loss.
-        score_BA = score_BA.masked_fill(batch.is_known_BA, FAR)
+        score_BA = score_BA.masked_fill(batch.is_known_BA, -torch.inf)
         loss_B = self.form(score_BA, batch.is_positive_BA)
         counts_B = batch.is_positive_BA.any(1)
         return (loss_B * counts_B).sum() / counts_B.sum().clamp(min=1)
