@@ -41,6 +41,7 @@ from tqdm import tqdm
 from data.surprises import tokens_cut
 from plumbing import several_devices
 from plumbing.checkpoints import (
+    Randomness,
     get_state,
     go_on,
     save_checkpoint,
@@ -320,16 +321,18 @@ class Training:
             "scaler": self.scaler,
             "optimizers": self.optimizers,
             "watch": self.watch,
+            "randomness": Randomness(),
         }
 
     def state(self) -> dict:
-        """All that a checkpoint needs, the random generators included."""
+        """All that a checkpoint needs. With several GPUs, all of them call it together."""
         self.watch.check()  # never save what has gone wrong
+        sums_of_all = several_devices.gather([self.sums.unsqueeze(0)])[0]
         return get_state(self.parts()) | {
             "epoch": self.epoch,
             "batch": self.batch,
             "step": self.steps,
-            "sums": self.sums,
+            "sums": sums_of_all,
             "seen": self.seen,
         }
 
@@ -339,7 +342,7 @@ class Training:
         self.epoch = where["epoch"]
         self.batch = where["batch"]
         self.steps = where["step"]
-        self.sums = torch.as_tensor(where["sums"], device=self.device)
+        self.sums = several_devices.own_row(where["sums"].to(self.device))
         self.seen = where["seen"]
 
 
@@ -482,7 +485,7 @@ def predict_split(
     labels that are known of a document beforehand make room for the next ones.
     """
     model.eval()
-    device = model.slot_to_label.device
+    device = next(model.parameters()).device
     # Where labels are known beforehand, predict as many more: k are left when these are taken out.
     known = data.known.get(name)
     more = most_known(known)
@@ -709,12 +712,12 @@ def keep_the_best(job: Job, training: Training, result: dict, log: Callable[[dic
 
 def save_phase(job: Job, phase: str, training: Training) -> None:
     """Write checkpoint.pt: the state of this training, and where in the run it stands."""
+    state = training.state()
     if not several_devices.is_first():
-        training.watch.check()
         return
     is_last_phase = phase == "all" or job.config.epochs == 0
     content = {"config": settings(job.config), "cascade": type(job.model).__name__}
-    content |= training.state()
+    content |= state
     content |= {
         "best": job.best,
         "phase": phase,
@@ -855,8 +858,11 @@ def load(
             "run the script that it was trained with"
         )
     config = config_type(run=str(folder), **content["config"])
-    # The encoder is built from the description in the file, without the folder it came from.
-    encoder = model_stage.make_encoder(data, config, content["encoder"], content["model"])
+    # The encoder is built from the description in the file, without the folder it came from. A model
+    # whose encoder has no description makes it itself.
+    encoder = None
+    if content["encoder"] is not None:
+        encoder = model_stage.make_encoder(data, config, content["encoder"], content["model"])
     model = build(data, tree_stage.load(folder), config, encoder)
     set_weights(model, content["model"], path, meta["stage"])
     trained_as = content.get("cascade", "Cascade")  # older files do not say

@@ -28,6 +28,8 @@ two you write the answer itself, as lists of numbers (a single number, too: [3])
 with a pencil.
 """
 
+# %%
+
 import sys
 
 # Start this lab from the folder of the stages, or, as some editors do, from course/.

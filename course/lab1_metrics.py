@@ -19,6 +19,8 @@ Fill in every function that raises NotImplementedError. Shape letters: N documen
 k predictions of a document, V words (docs/glossary.md has all).
 """
 
+# %%
+
 import sys
 
 # Start this lab from the folder of the stages, or, as some editors do, from course/.

@@ -16,6 +16,8 @@ Fill in every function that raises NotImplementedError. Shape letters: N documen
 V words, S slots, n rows of a node (docs/glossary.md has all).
 """
 
+# %%
+
 import sys
 import time
 

@@ -17,6 +17,8 @@ Fill in every function that raises NotImplementedError. Shape letters: B documen
 K clusters kept, F children of each, P (document, label) pairs (docs/glossary.md has all).
 """
 
+# %%
+
 import sys
 import time
 from collections.abc import Iterator

@@ -18,6 +18,8 @@ Fill in every function that raises NotImplementedError. Shape letters: B documen
 K clusters kept one level up, F children of each (docs/glossary.md has all).
 """
 
+# %%
+
 import sys
 
 # Start this lab from the folder of the stages, or, as some editors do, from course/.

@@ -149,17 +149,41 @@ def start_over(folder: Path) -> None:
 # 3. The state of the parts of a training.
 
 
+class Randomness:
+    """The random generators of torch, as a part with a state.
+
+    Every process has generators of its own: it draws other numbers than the others do. So the state
+    is that of all of them, with a row for each process.
+    """
+
+    def state_dict(self) -> dict[str, torch.Tensor]:
+        """{generator: (processes, bytes)}"""
+        own = {"cpu": torch.get_rng_state()}
+        if torch.cuda.is_available():
+            own["cuda"] = torch.cuda.get_rng_state()
+        rows = [state.unsqueeze(0) for state in own.values()]
+        of_all = several_devices.gather(rows)
+        return dict(zip(own, of_all, strict=True))
+
+    def load_state_dict(self, state: dict[str, torch.Tensor]) -> None:
+        number = several_devices.number()
+        if number >= len(state["cpu"]):
+            return  # there were fewer processes then: this one keeps the generators that it has
+        # A copy: torch reads a state from where the memory of a tensor begins, which for a row is
+        # where the first row begins.
+        torch.set_rng_state(state["cpu"][number].clone())
+        if "cuda" in state and torch.cuda.is_available():
+            torch.cuda.set_rng_state(state["cuda"][number].clone())
+
+
 def get_state(parts: dict[str, Any]) -> dict:
-    """The states of the parts, or lists of parts, of a training, and of torch's randomness."""
+    """The states of the parts, or lists of parts, of a training. All processes call it together."""
     state = {}
     for name, part in parts.items():
         if isinstance(part, list):
             state[name] = [one.state_dict() for one in part]
         else:
             state[name] = part.state_dict()
-    state["random"] = {"cpu": torch.get_rng_state()}
-    if torch.cuda.is_available():
-        state["random"]["cuda"] = torch.cuda.get_rng_state()
     return state
 
 
@@ -169,8 +193,8 @@ def set_state(parts: dict[str, Any], state: dict) -> dict:
     UserError if a part has another form than the one that was saved, as in a changed code.
     """
     for name, part in parts.items():
-        saved = state.pop(name)  # or it would stay in memory as long as the training lasts
         try:
+            saved = state.pop(name)  # or it would stay in memory as long as the training lasts
             if isinstance(part, list):
                 for one, its in zip(part, saved, strict=True):
                     one.load_state_dict(its)
@@ -181,10 +205,4 @@ def set_state(parts: dict[str, Any], state: dict) -> dict:
                 f"the checkpoint was saved by other code than this, and its {name} does not fit: "
                 f"{error}; go on with that code, or train anew, without --resume"
             ) from error
-    # The randomness is that of the first process. The others keep their own.
-    if not several_devices.is_first():
-        return state
-    torch.set_rng_state(state["random"]["cpu"])
-    if "cuda" in state["random"] and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["random"]["cuda"])
     return state

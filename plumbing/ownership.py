@@ -47,13 +47,14 @@ def owns_its_folder(run: Callable) -> Callable:
 def owned(folder: Path) -> Iterator[None]:
     """In here the folder is ours. UserError, with who and since when, while it is another's.
 
-    With torchrun the first process owns it for all of them. A folder that does not exist yet has no
-    owner.
+    With torchrun the first process owns it for all of them. A folder that does not exist yet is
+    made, and if nothing has been put into it in the end, it is taken away again.
     """
     where = Path(os.path.abspath(folder))
     if where in MINE or not several_devices.is_first():
         yield
         return
+    missing = [one for one in (where, *where.parents) if not os.path.lexists(one)]
     file = take(folder / NAME)
     MINE.add(where)
     try:
@@ -62,17 +63,24 @@ def owned(folder: Path) -> Iterator[None]:
         MINE.discard(where)
         if file is not None:
             leave(file, folder / NAME)
+        for one in missing:
+            with contextlib.suppress(OSError, ValueError):  # something is in it now
+                one.rmdir()
 
 
 def take(path: Path) -> int | None:
     """The locked file, open; None where nothing can be locked. UserError if it is another's."""
     while True:
         try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+        except (OSError, ValueError):  # ValueError: a NUL in the name
+            return None  # the stage cannot make the folder either, and says so
+        try:
             # Not through a link that somebody has put there.
             no_link = getattr(os, "O_NOFOLLOW", 0)
             file = os.open(path, os.O_RDWR | os.O_CREAT | no_link, 0o666)
-        except (FileNotFoundError, NotADirectoryError, ValueError):  # ValueError: a NUL in the name
-            return None  # no such folder: the stage makes it, or says so
+        except FileNotFoundError:
+            continue  # an owner that made the folder has just taken it away again: once more
         except OSError as error:
             say_unlocked(path, error)
             return None

@@ -138,6 +138,17 @@ def gather_arrays(arrays: list[np.ndarray]) -> list[np.ndarray]:
     return [tensor.numpy() for tensor in gather(tensors)]
 
 
+def own_row(rows: Tensor) -> Tensor:
+    """This process' row of those that `gather` put together, when a training goes on.
+
+    With another number of processes than there was then, the first one takes the sum of all rows.
+    """
+    if len(rows) == n_processes():
+        return rows[number()]
+    total = rows.sum(dim=0)
+    return total if is_first() else torch.zeros_like(total)
+
+
 def agreed(stop: Callable[[], bool]) -> Callable[[], bool]:
     """A function that says whether any process was asked to stop: all must call it together."""
     if n_processes() == 1:

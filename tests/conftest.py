@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,18 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 stages = load_stages()
+
+
+# A fork may delete them. All tests that are not about them still pass.
+HAS_VARIANTS = (ROOT / "variants").is_dir()
+needs_variants = pytest.mark.skipif(not HAS_VARIANTS, reason="variants/ has been deleted")
+
+
+def links_of(page: Path) -> list[str]:
+    """The files that a page links to, without what was deleted on purpose."""
+    targets = re.findall(r"\]\(\s*([^)#\s]+)[^)]*\)", page.read_text())
+    links = [target for target in targets if not target.startswith("http")]
+    return [link for link in links if HAS_VARIANTS or "variants/" not in link]
 
 
 def sha256(path: Path) -> str:

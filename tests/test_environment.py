@@ -14,13 +14,12 @@ import time
 
 import numpy as np
 import pytest
-from conftest import ROOT, SMALL, stages
+from conftest import ROOT, SMALL, needs_variants, stages
 
 from plumbing import ownership
 from plumbing.errors import UserError
 from plumbing.ownership import NAME, owned
 from plumbing.store import load_pt
-from variants import common
 
 train = stages.train
 
@@ -169,14 +168,15 @@ def race(run, begins: int, says: int) -> None:
         os._exit(0)
 
 
-def test_of_many_that_start_at_the_same_moment_one_is_the_owner(tmp_path):
+@pytest.mark.parametrize("folder", [".", "not/there/yet"])
+def test_of_many_that_start_at_the_same_moment_one_is_the_owner(tmp_path, folder):
     begins, begin = os.pipe()
     found, says = os.pipe()
     children = []
     for _ in range(6):
         pid = os.fork()
         if pid == 0:
-            race(tmp_path, begins, says)
+            race(tmp_path / folder, begins, says)
         children.append(pid)
     os.write(begin, b"123456")
     for pid in children:
@@ -187,6 +187,18 @@ def test_of_many_that_start_at_the_same_moment_one_is_the_owner(tmp_path):
     refusals = [text for text in said if text != "owner"]
     assert len(said) == 6 and len(refusals) == 5
     assert all(re.search(r"process \d+ on ", text) for text in refusals)
+    # The folder that was made for the owner alone is gone with it.
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_in_which_nothing_was_made_is_not_left_behind(tmp_path):
+    run = tmp_path / "new" / "run"
+    with pytest.raises(UserError, match="no corpus is recognised"):
+        stages.data.run(stages.data.Config(run=str(run), corpus=str(tmp_path)))
+    assert not (tmp_path / "new").exists()
+    with owned(run):
+        (run / "data.npz").touch()
+    assert (run / "data.npz").exists()
 
 
 def test_an_owner_that_leaves_while_another_comes(tmp_path):
@@ -229,7 +241,10 @@ def test_a_planted_link_is_not_written_through(prepared, tmp_path, capsys):
     assert "cannot be locked" in capsys.readouterr().out
 
 
+@needs_variants
 def test_a_variant_owns_its_folder_and_may_train_in_it(done, tmp_path):
+    from variants import common
+
     out = common.folder(str(done), "mine", "data.npz")
     with owned(out), owned(out):
         assert (out / NAME).exists()

@@ -19,9 +19,12 @@ from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pandas
+import pytest
 from conftest import SMALL, has_exact, stages
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from scipy import sparse
 
 from data import formats
 from plumbing.errors import UserError
@@ -130,18 +133,26 @@ def test_what_the_fuzzing_met():
 
 
 # ------------------------------------------------------------------------------ another reader
-# Each function below is given documents, writes them as a layout has them, and returns what the
-# standard library reads from the bytes: [(text, labels)].
+# Each function below is given documents, writes them as a layout has them, and returns what another
+# reader makes of the same bytes: [(text, labels)]. That is pandas where it reads the layout, and
+# else a loop that is as plain as the layout.
+
+Read = list[tuple[str, list]]
 
 
-def json_reader(rows, draw):
+def json_reader(rows, draw) -> tuple[dict, Read]:
     ascii_only = draw(st.booleans())
     content = "".join(json.dumps(row, ensure_ascii=ascii_only) + "\n" for row in rows)
-    read = [json.loads(line) for line in content.split("\n") if line]
-    return {"{}.jsonl": content}, [(row["text"], row["labels"]) for row in read]
+    table = pandas_json(content)
+    return {"{}.jsonl": content}, list(zip(table["text"], table["labels"], strict=True))
 
 
-def csv_reader(rows, draw):
+def pandas_json(content: str) -> pandas.DataFrame:
+    """A table of the objects of JSON lines, without pandas' guesses at what a text might mean."""
+    return pandas.read_json(io.StringIO(content), lines=True, dtype=False)
+
+
+def csv_reader(rows, draw) -> tuple[dict, Read]:
     delimiter = draw(st.sampled_from(",;\t"))
     file = io.StringIO(newline="")
     quoting = draw(st.sampled_from([csv.QUOTE_MINIMAL, csv.QUOTE_ALL]))
@@ -150,16 +161,18 @@ def csv_reader(rows, draw):
     for i, row in enumerate(rows):
         writer.writerow([i, "|".join(row["labels"]), row["text"]])
     content = file.getvalue()
-    read = list(csv.DictReader(io.StringIO(content, newline=""), delimiter=delimiter))
-    cells = [(row["text"], row["labels"].split("|")) for row in read]
+    table = pandas.read_csv(
+        io.StringIO(content, newline=""), sep=delimiter, dtype=str, keep_default_na=False
+    )
     # The only change: a line end of two characters within a cell becomes one.
-    plain = [(text.replace("\r\n", "\n"), labels) for text, labels in cells]
-    return {"{}.csv": content}, [(text, [one for one in ls if one]) for text, ls in plain]
+    texts = [text.replace("\r\n", "\n") for text in table["text"]]
+    labels = [[name for name in cell.split("|") if name] for cell in table["labels"]]
+    return {"{}.csv": content}, list(zip(texts, labels, strict=True))
 
 
-def matrix_reader(rows, draw):
+def matrix_reader(rows, draw) -> tuple[dict, Read]:
     texts = one_line_each(rows)
-    ids = [[int(name[1:]) for name in row["labels"]] for row in rows]
+    ids = ids_of(rows)
     values = [
         [draw(st.sampled_from(["1", "1.0", "0.25", "0", "1e-3"])) for _ in row] for row in ids
     ]
@@ -173,7 +186,29 @@ def matrix_reader(rows, draw):
     return {"X.{}.txt": texts, "Y.{}.txt": content}, read
 
 
-def comma_reader(rows, draw):
+def npz_reader(rows, draw) -> tuple[dict, Read]:
+    """A matrix as scipy saves it, of any kind, with zeros in it that are written down."""
+    texts = one_line_each(rows)
+    values_NL = np.zeros((len(rows), 7), np.float32)
+    places = []
+    for i, row in enumerate(ids_of(rows)):
+        for label in row:
+            values_NL[i, label] = draw(st.sampled_from([1, 0.25, 0, -1]))
+            places.append((i, label))
+    # All places are written, also those whose value is 0.
+    at = np.array(places, np.int64).reshape(-1, 2)
+    at = np.unique(at, axis=0)
+    Y = sparse.coo_matrix((values_NL[at[:, 0], at[:, 1]], (at[:, 0], at[:, 1])), values_NL.shape)
+    kind = draw(st.sampled_from(["coo", "csr", "csc", "bsr"]))
+    file = io.BytesIO()
+    sparse.save_npz(file, Y.asformat(kind), compressed=draw(st.booleans()))
+    read = []
+    for text, row_L in zip(texts.split("\n"), values_NL, strict=False):
+        read.append((text, np.flatnonzero(row_L).tolist()))
+    return {"X.{}.txt": texts, "Y.{}.npz": file.getvalue()}, read
+
+
+def comma_reader(rows, draw) -> tuple[dict, Read]:
     texts = one_line_each(rows)
     named = [[name.replace("l", "label ") for name in row["labels"]] for row in rows]
     named[0] = ["label 0", "label 1"]  # a comma at least, which says how names are separated
@@ -184,25 +219,78 @@ def comma_reader(rows, draw):
     return {"{}_texts.txt": texts, "{}_labels.txt": content}, read
 
 
+def lf_reader(rows, draw) -> tuple[dict, Read]:
+    """Titles and contents, one of which may be missing, and ids of labels."""
+    content = ""
+    for i, (row, ids) in enumerate(zip(rows, ids_of(rows), strict=True)):
+        where = draw(st.sampled_from(["title", "content", "both"]))
+        parts = {"title": "", "content": ""}
+        for part in parts:
+            if where in (part, "both"):
+                parts[part] = row["text"]
+        more = {"uid": str(i), "target_ind": ids, "target_rel": [1.0] * len(ids)}
+        content += json.dumps(parts | more) + "\n"
+    labels = "".join(json.dumps({"uid": f"u{i}", "title": f"l{i}"}) + "\n" for i in range(7))
+    table = pandas_json(content)
+    read = []
+    for row in table.itertuples():
+        has_both = row.title != "" and row.content != ""
+        text = row.title + " " + row.content if has_both else row.title + row.content
+        read.append((text, row.target_ind))
+    return {"{}.json": content, "lbl.json": labels}, read
+
+
+def eurlex_reader(rows, draw) -> tuple[dict, Read]:
+    """A file for each document, whose parts may be null, and whose body is a list or a string."""
+    files = {}
+    read = []
+    for i, row in enumerate(rows):
+        words = row["text"]
+        parts = {
+            "header": draw(st.sampled_from(["header", "", None])),
+            "recitals": draw(st.sampled_from(["recitals " + words, None])),
+            "main_body": draw(st.sampled_from(["body", ["body " + words, "more"], [], None])),
+            "attachments": words,
+            "concepts": row["labels"],
+        }
+        content = json.dumps(parts, indent=draw(st.sampled_from([None, 1])))
+        files[f"{{}}/{i:03}.json"] = content
+        again = json.loads(content)
+        text = again["header"] or ""
+        for key in ("recitals", "main_body", "attachments"):
+            value = again[key] or ""
+            for paragraph in [value] if isinstance(value, str) else value:
+                gap = " " if text and paragraph else ""
+                text = text + gap + paragraph
+        read.append((text, again["concepts"]))
+    return files, read
+
+
+def ids_of(rows) -> list[list[int]]:
+    """The 3 of l3, for every label of every document."""
+    return [[int(name[1:]) for name in row["labels"]] for row in rows]
+
+
 def one_line_each(rows) -> str:
     return "".join(row["text"] + "\n" for row in rows)
 
 
-READERS = st.sampled_from([json_reader, csv_reader, matrix_reader, comma_reader])
+QUOTED = (json_reader, csv_reader, lf_reader, eurlex_reader)  # a text may have any character
+READERS = (*QUOTED, matrix_reader, npz_reader, comma_reader)
 # Characters that a file in UTF-8 may have in a line.
 PLAIN = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0\r\n"), max_size=20)
 
 
-@given(st.data())
+@pytest.mark.parametrize("reader", READERS, ids=lambda reader: reader.__name__)
+@given(data=st.data())
 @settings(
-    max_examples=int(os.environ.get("FUZZ", 60)),
+    max_examples=int(os.environ.get("FUZZ", 175)) // len(READERS),
     deadline=None,
     derandomize="FUZZ" not in os.environ,
 )
-def test_what_is_read_is_what_another_reader_reads(data):
-    reader = data.draw(READERS)
+def test_what_is_read_is_what_another_reader_reads(reader, data):
     text = PLAIN.map("word ".__add__)
-    if reader in (json_reader, csv_reader):
+    if reader in QUOTED:
         text |= st.lists(st.sampled_from(["a", '"', ";", ",", "\t", "\n", "\n\n", "\r\n"])).map(
             "".join
         )
@@ -216,8 +304,13 @@ def test_what_is_read_is_what_another_reader_reads(data):
         for pattern, content in files.items():
             for split in ("train", "test"):
                 path = Path(folder) / pattern.format(split)
+                path.parent.mkdir(exist_ok=True)
+                if isinstance(content, bytes):
+                    path.write_bytes(content)
+                    continue
                 raw = (mark + content + blank).encode()
-                if zipped:
+                # The documents of EURLEX57K are looked for by their ending, .json.
+                if zipped and reader is not eurlex_reader:
                     path.with_name(path.name + ".gz").write_bytes(gzip.compress(raw))
                 else:
                     path.write_bytes(raw)
@@ -226,4 +319,7 @@ def test_what_is_read_is_what_another_reader_reads(data):
     if reader is comma_reader:
         # Nothing counts these documents: blank lines at the end of both files are documents.
         read = read[: len(expected)]
+    if reader is npz_reader:
+        # A matrix has its labels in any order: the order of a file is no information.
+        read = [(text, sorted(labels)) for text, labels in read]
     assert read == expected

@@ -150,7 +150,7 @@ def test_an_interrupted_run_goes_on_as_if_it_had_not_been(
         "model",
         "optimizers",
         "scaler",
-        "random",
+        "randomness",
         "best",
     }
     row_state = ours["optimizers"][1]["state"][0]

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import scipy.sparse as sp
 import torch
-from conftest import ROOT, gradient, make_corpus, stages
+from conftest import HAS_VARIANTS, ROOT, gradient, make_corpus, stages
 from scipy.optimize import minimize
 
 from plumbing.cli import parse
@@ -17,7 +17,7 @@ from plumbing.errors import UserError
 from plumbing.store import load_npz, load_pt, save_pt
 from tools import report
 
-if not (ROOT / "variants").is_dir():
+if not HAS_VARIANTS:
     pytest.skip("variants/ has been deleted", allow_module_level=True)
 from variants import common, compare, light_xml, one_vs_all, ranker, staging, svm, xr_transformer
 
@@ -351,10 +351,11 @@ def test_all_systems_side_by_side(run, capsys, tmp_path):
     compare.run(compare.Config(run=str(run), documents=30))
     printed = capsys.readouterr().out
     table = printed[printed.index("%, mean of 1 runs") :].splitlines()
-    for name, (folder, *_) in compare.SYSTEMS.items():
+    for name, system in compare.SYSTEMS.items():
+        folder = system.folder
         rows = [line[44:].split() for line in table if line.startswith(f"{name:44}")]
         # Metrics and costs; below, minus the cascade, three times three.
-        assert [len(row) for row in rows] == ([12] if name == "cascade" else [12, 9])
+        assert [len(row) for row in rows] == ([13] if name == "cascade" else [13, 9])
         data = stages.data.load(run / folder)
         labels = load_npz(run / folder / "predictions.npz")[0]["labels"]
         expected = (
@@ -365,11 +366,14 @@ def test_all_systems_side_by_side(run, capsys, tmp_path):
         )
         assert float(rows[0][0]) == pytest.approx(expected, abs=0.01)
         assert expected > 10  # chance is 2
-    made = {path: path.stat().st_mtime_ns for path in run.rglob("*.npz")}
+    assert re.findall(r"^\[(\d) of 8\] ", printed, re.MULTILINE) == list("12345678")
+    patterns = ("*.npz", "compare.json")
+    made = {path: path.stat().st_mtime_ns for what in patterns for path in run.rglob(what)}
     compare.run(compare.Config(run=f"{run},{run}", documents=30))
     printed = capsys.readouterr().out
     # nothing was trained again
-    assert made == {path: path.stat().st_mtime_ns for path in run.rglob("*.npz")}
+    assert made == {path: path.stat().st_mtime_ns for path in made}
+    assert " of 8]" not in printed
     assert printed.count("+-") == 1 + len(compare.SYSTEMS)
     copy = shutil.copytree(run, tmp_path / "copy")
     changed = load_pt(run / "model.pt")[0]
@@ -401,6 +405,51 @@ def test_chosen_systems_come_in_order_with_what_they_need():
     for unknown in ("elias", "", "one_vs_all,"):
         with pytest.raises(UserError, match="choose from ranker, xr_transformer"):
             compare.chosen(unknown)
+
+
+def test_a_comparison_goes_on_where_it_was_interrupted(run, capsys, tmp_path, monkeypatch):
+    """What has been trained and measured is kept; what was being trained is trained again."""
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for name in ("data.npz", "tree.npz", "model.pt", "log.jsonl", "predictions.npz"):
+        shutil.copy(run / name, copy / name)
+    config = compare.Config(run=str(copy), systems="one_vs_all,light_xml", documents=30)
+    train_on_tree = light_xml.train_on_tree
+
+    def interrupted(*arguments, **more):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(light_xml, "train_on_tree", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        compare.run(config)
+    first = capsys.readouterr().out
+    assert "[3 of 3] LightXML" in first and "P@1" not in first.split("[3 of 3]")[1]
+    monkeypatch.setattr(light_xml, "train_on_tree", train_on_tree)
+    kept = (copy / "one_vs_all" / "compare.json").stat().st_mtime_ns
+    compare.run(config)
+    second = capsys.readouterr().out
+    assert "[1 of 1] LightXML" in second and "one-vs-all in" not in second
+    assert (copy / "one_vs_all" / "compare.json").stat().st_mtime_ns == kept
+    # A file that is damaged, or made from other predictions, is no file.
+    (copy / "light_xml" / "compare.json").write_text("{")
+    labels, _ = load_npz(copy / "one_vs_all" / "predictions.npz")
+    assert compare.read_record(str(copy), "LightXML") is None
+    path = copy / "one_vs_all" / "compare.json"
+    path.write_text(path.read_text().replace('"predictions": "', '"predictions": "0'))
+    assert compare.read_record(str(copy), "one-vs-all") is None
+    compare.run(config)
+    assert "[2 of 2] LightXML" in capsys.readouterr().out
+
+
+def test_the_time_left_is_what_the_system_took_elsewhere(run, tmp_path, monkeypatch):
+    """And as long as the cascade where nobody knows."""
+    there, here = str(tmp_path / "there"), str(tmp_path / "here")
+    monkeypatch.setattr(compare, "training_seconds", lambda folder: 100.0)
+    known = {(there, "SyncXML"): {"took": 7.0}, (there, "LightXML"): {"took": None}}
+    monkeypatch.setattr(compare, "read_record", lambda run, name: known.get((run, name)))
+    assert compare.seconds_of(here, "SyncXML", [there, here]) == 7
+    assert compare.seconds_of(here, "LightXML", [there, here]) == 100
+    assert compare.seconds_of(str(run), "cascade", [there]) == 0  # only measured
 
 
 def test_only_the_chosen_systems_are_trained(run, capsys, tmp_path):

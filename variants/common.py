@@ -93,7 +93,7 @@ def train_in(
 
     # 3. Train and test it as any other run.
     stages.train.run(config, build)
-    stages.eval.run(stages.eval.Config(run=str(out)))
+    stages.eval.run(stages.eval.Config(run=str(out)), build)
 
 
 # 3. Predictions of variants that stage 5 does not know.

@@ -5,8 +5,16 @@
     python -m variants.compare --systems one_vs_all,light_xml                only these
 
 Reads    each RUN, in which the cascade has been trained and tested (stages 1, 2, 4, 5)
-Writes   RUN/{ranker,xr_transformer,xr_transformer/ranker,one_vs_all,light_xml}/, where there are no
-         predictions yet: what is missing is trained
+Writes   RUN/SYSTEM/, such as RUN/light_xml, where there are no predictions yet: what is missing is
+         trained
+         RUN/SYSTEM/compare.json (of the cascade RUN/compare.json): what each document adds to the
+         metrics, costs, settings. The tables are made of these files alone
+
+So a comparison may grow over several sittings, and goes on after an interruption: a system with
+such a file, made from the predictions that are there, is neither trained nor measured again.
+
+A new system is one line of SYSTEMS: the folder in RUN, a function that trains and tests it, and the
+`build` with which stage 4 loads it.
 
 Metrics are of the test split: P@k, the share of correct labels among the first k; PSP@k, the same
 with rare labels weighing more; R@k, the share of a document's labels that are among the first k.
@@ -18,41 +26,75 @@ seed of training does is the standard deviation.
 
 Costs. Scored: labels scored for a document at most. Training time: the steps as the logs have them,
 without validation; of XR-Transformer also what it finds between the stages; of a ranker its model's
-and its own. Documents per second: the systems of the first run in turn, in this process.
-Parameters: those that prediction needs here, in millions; of XR-Transformer an encoder for each
-stage (its authors keep the last), of a ranker the weights that are left. All but XR-Transformer
-keep the epoch that is best on validation.
+and its own. Documents per second: measured when a system is added, in turn with the cascade, and
+"x" is how many times as fast as the cascade it was then. Parameters: those that prediction needs
+here, in millions; of XR-Transformer an encoder for each stage (its authors keep the last), of a
+ranker the weights that are left. All but XR-Transformer keep the epoch that is best on validation.
 
 Shapes   N documents, L labels, k labels predicted, Q metrics
 """
 
 import json
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from plumbing.cli import flag, main, natural, positive
 from plumbing.errors import UserError
 from plumbing.precision import in_turn
-from plumbing.store import load_npz, load_pt
+from plumbing.store import load_npz, load_pt, write_whole
 from tools.compare import COLUMNS as ADDED
 from tools.compare import bootstrap, contributions, load_predictions
-from variants import light_xml, one_vs_all, ranker, xr_transformer
+from variants import inception_xml, light_xml, one_vs_all, ranker, xr_transformer
 from variants.common import stages
 
-# name: (folder in RUN, module, folder in RUN that it is run on)
+# Settings in which a variant may differ from its cascade.
+ITS_OWN = ("topk", "layers", "dropout")
+
+
+class System(NamedTuple):
+    """What it takes to train a system, to load it, and to tell it from a changed cascade."""
+
+    folder: str  # in RUN
+    train: Callable[[str], None] | None  # trains and tests it in a run; the cascade itself: None
+    build: Callable | None = None  # its model; None: the file says who made it
+    on: str = ""  # a ranker: the folder in RUN whose model it ranks for
+    its_own: tuple[str, ...] = ITS_OWN
+    is_ranker: bool = False
+
+
+def trains(module: Any, **flags) -> Callable[[str], None]:
+    """The function that runs a module of variants/ in a run, with some flags."""
+
+    def train(run: str) -> None:
+        module.run(module.Config(run=run, **flags))
+
+    return train
+
+
+def short_text(system: str) -> System:
+    """A system of inception_xml.py."""
+    train = trains(inception_xml, system=system)
+    build = inception_xml.builder(system)
+    return System(system, train, build, its_own=inception_xml.ITS_OWN)
+
+
 # They are trained in this order: a ranker comes after the model that it is run on.
+XR = xr_transformer.NAME
 SYSTEMS = {
-    "cascade": ("", None, ""),
-    "cascade + ranker": ("ranker", ranker, ""),
-    "XR-Transformer, neural only": (xr_transformer.NAME, xr_transformer, ""),
-    "XR-Transformer + ranker": (f"{xr_transformer.NAME}/ranker", ranker, xr_transformer.NAME),
-    "one-vs-all": (one_vs_all.NAME, one_vs_all, ""),
-    "LightXML": (light_xml.NAME, light_xml, ""),
+    "cascade": System("", None),
+    "cascade + ranker": System("ranker", trains(ranker), is_ranker=True),
+    "XR-Transformer, neural only": System(XR, trains(xr_transformer), xr_transformer.build),
+    "XR-Transformer + ranker": System(f"{XR}/ranker", trains(ranker), on=XR, is_ranker=True),
+    "one-vs-all": System(one_vs_all.NAME, trains(one_vs_all), one_vs_all.build),
+    "LightXML": System(light_xml.NAME, trains(light_xml), light_xml.build),
+    "SyncXML": short_text("sync_xml"),
+    "InceptionXML": short_text("inception_xml"),
 }
 METRICS = [("P", 1), ("P", 3), ("P", 5), ("PSP", 1), ("PSP", 3), ("PSP", 5), ("R", 10), ("R", 100)]
 TESTED = ("P@1", "P@5", "PSP@5")  # by the bootstrap
@@ -72,10 +114,6 @@ class Config:
     seed: int = flag(0, "seed of the bootstrap", natural)
 
 
-# Settings in which a variant may differ from its cascade.
-ITS_OWN = ("topk", "layers", "dropout")
-
-
 # 1. Which systems, and training what is missing.
 
 
@@ -88,37 +126,25 @@ def chosen(systems: str) -> list[str]:
     if systems == "all":
         return list(SYSTEMS)
     folders = systems.split(",")
-    known = {folder: on for folder, module, on in SYSTEMS.values() if module is not None}
+    known = {one.folder: one.on for one in SYSTEMS.values() if one.train}
     wanted = {""}  # the folder of the cascade is RUN itself
     for folder in folders:
         if folder not in known:
             raise UserError(f"--systems {systems}: choose from {', '.join(known)}, or all")
         wanted.add(folder)
         wanted.add(known[folder])
-    return [name for name, (folder, *_) in SYSTEMS.items() if folder in wanted]
+    return [name for name, system in SYSTEMS.items() if system.folder in wanted]
 
 
-def train_missing(run: str, names: list[str]) -> None:
-    """Train the systems that have no predictions in RUN yet; check those that have some."""
-    # The cascade itself is for stages 1 to 5 to make.
-    load_npz(Path(run) / "predictions.npz")
-    for name in names:
-        folder, module, on = SYSTEMS[name]
-        if not (Path(run) / folder / "predictions.npz").exists():
-            print(f"\n{name} in {run}", flush=True)
-            module.run(module.Config(run=str(Path(run) / on)))
-        # Predictions of an earlier day may belong to a cascade that has been trained anew since.
-        check(Path(run), folder, on)
-
-
-def check(run: Path, folder: str, on: str) -> None:
+def check(run: Path, system: System) -> None:
     """UserError unless a system in RUN was made from the cascade that is there now."""
+    folder, on = system.folder, system.on
     # 1. Every artifact records the digests of the files that it was made from. A system needs the
     #    same data, and a ranker the very model that it ranks for.
     _, predicted = load_npz(run / folder / "predictions.npz")
     _, data = load_npz(run / "data.npz")
     now = {"data.npz": data["sha256"]}
-    if "ranker" in folder:
+    if system.is_ranker:
         _, ranked = load_pt(run / on / "model.pt")
         now["model.pt"] = ranked["sha256"]
     is_other = any(predicted["made_from"][name] != digest for name, digest in now.items())
@@ -126,7 +152,7 @@ def check(run: Path, folder: str, on: str) -> None:
     cascade, _ = load_pt(run / "model.pt")
     own, _ = load_pt(run / (on or folder) / "model.pt")
     for key, value in own["config"].items():
-        if key not in ITS_OWN and value != cascade["config"][key]:
+        if key not in system.its_own and value != cascade["config"][key]:
             is_other = True
     if is_other:
         raise UserError(
@@ -159,6 +185,23 @@ def training_seconds(folder: Path) -> float:
     return float((batches / rates).sum())
 
 
+def labels_scored(model: Any) -> int:
+    """How many labels a model scores for a document: it says so itself, or it is a cascade."""
+    if hasattr(model, "scored"):
+        return model.scored
+    # All slots of the leaf clusters kept. Without cluster levels that is the root.
+    kept = [1, *model.topk][-1]
+    slots_per_leaf = model.counts[-1] // model.counts[-2]
+    return kept * slots_per_leaf
+
+
+def parameters_needed(model: Any) -> int:
+    """How many weights prediction needs: all of them, unless the model says so itself."""
+    if hasattr(model, "parameters_needed"):
+        return model.parameters_needed
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
 class Predictor(NamedTuple):
     """A system, ready to predict some test documents."""
 
@@ -170,25 +213,21 @@ class Predictor(NamedTuple):
 def predictor(run: str, name: str, documents: int) -> Predictor:
     """A system of a run and its first test documents."""
     # 1. The model. A ranker has none of its own: it ranks what another system finds.
-    folder, module, on = SYSTEMS[name]
-    is_ranker = module is ranker
-    at = Path(run) / (on if is_ranker else folder)
+    system = SYSTEMS[name]
+    at = Path(run) / (system.on if system.is_ranker else system.folder)
     data = stages.data.load(at)
-    model, settings, ranking = ranker.load_model(at, getattr(module, "build", None))
+    model, settings, ranking = ranker.load_model(at, system.build)
     # 2. A few documents are enough to measure a speed. The table of labels known beforehand has a
     #    row for every document, so it is left out.
     test = data.splits["test"]
     few = test.documents(np.arange(min(documents, len(test))))
     data = data._replace(splits={**data.splits, "test": few}, known={})
-    # 3. How many labels are scored: all slots of the leaf clusters kept. Without cluster levels
-    #    that is the root.
-    kept = [1, *model.topk][-1]
-    slots_per_leaf = model.counts[-1] // model.counts[-2]
-    scored = kept * slots_per_leaf
-    size = sum(parameter.numel() for parameter in model.parameters())
+    # 3. How many labels are scored, and with how many weights.
+    scored = labels_scored(model)
+    size = parameters_needed(model)
     # 4. What is timed.
-    if is_ranker:
-        predict, n_weights = ranker.load(Path(run) / folder)
+    if system.is_ranker:
+        predict, n_weights = ranker.load(Path(run) / system.folder)
         again = partial(predict, model, data, settings, ranking)
         return Predictor(again, scored, (size + n_weights) / 1e6)
 
@@ -239,7 +278,92 @@ def minus_cascade(system: np.ndarray, cascade: np.ndarray, seed: int) -> np.ndar
     return np.quantile(drawn, (0.025, 0.5, 0.975), axis=0)
 
 
-# 4. The tables.
+# 4. A file for each system and run.
+
+
+def record_path(run: str, name: str) -> Path:
+    return Path(run) / SYSTEMS[name].folder / "compare.json"
+
+
+def read_record(run: str, name: str) -> dict | None:
+    """What is known of a system; None if it is not there, or is of other predictions."""
+    path = record_path(run, name)
+    try:
+        record = json.loads(path.read_text())
+        _, predicted = load_npz(path.parent / "predictions.npz")
+        return record if record["predictions"] == predicted["sha256"] else None
+    except (OSError, ValueError, LookupError, UserError):
+        return None
+
+
+def add_system(run: str, name: str, documents: int) -> None:
+    """Train a system if it has no predictions yet, measure it, and write its file."""
+    system = SYSTEMS[name]
+    folder = Path(run) / system.folder
+    began = time.perf_counter()
+    took = None
+    if not (folder / "predictions.npz").exists():
+        system.train(str(Path(run) / system.on))
+        took = time.perf_counter() - began
+    # Predictions of an earlier day may belong to a cascade that has been trained anew since.
+    check(Path(run), system)
+    # 1. How good it is.
+    values, added = measure(folder)
+    _, predicted = load_npz(folder / "predictions.npz")
+    content, _ = load_pt(Path(run) / (system.on or system.folder) / "model.pt")
+    # 2. How fast, in turn with the cascade: if the machine is busy for a while, both suffer alike.
+    own = predictor(run, name, documents)
+    passes = {name: own.predict}
+    if name != "cascade":
+        passes["cascade"] = predictor(run, "cascade", documents).predict
+    seconds = in_turn(passes, rounds=3)
+    n_documents = min(documents, len(stages.data.load(run).splits["test"]))
+    record = {
+        "system": name,
+        "predictions": predicted["sha256"],
+        "metrics": values,
+        "scored": own.scored,
+        "training_seconds": training_seconds(folder),
+        "documents_per_second": n_documents / seconds[name],
+        "times_the_cascade": seconds["cascade"] / seconds[name],
+        "million_parameters": own.parameters,
+        "took": took,  # seconds of this command; None: it had been trained before
+        "settings": content["config"],
+        "added": np.round(added, 9).tolist(),
+    }
+    # 3. All of it or nothing: this command may be stopped at any moment.
+    content = json.dumps(record).encode()
+    write_whole(record_path(run, name), lambda file: file.write(content))
+
+
+def add_missing(runs: list[str], names: list[str], documents: int) -> None:
+    """Add all systems that have no file yet, and say how long it may take."""
+    for run in runs:
+        # The cascade itself is for stages 1 to 5 to make.
+        load_npz(Path(run) / "predictions.npz")
+        for name in names:
+            if read_record(run, name):
+                check(Path(run), SYSTEMS[name])
+    missing = [(run, name) for run in runs for name in names if not read_record(run, name)]
+    for i, (run, name) in enumerate(missing):
+        seconds = sum(seconds_of(*one, runs) for one in missing[i:])
+        left = f"about {seconds / 60:.0f} min left" if seconds >= 60 else "less than a minute left"
+        print(f"\n[{i + 1} of {len(missing)}] {name} in {run}; {left}", flush=True)
+        add_system(run, name, documents)
+
+
+def seconds_of(run: str, name: str, runs: list[str]) -> float:
+    """How long a system will take: as long as in another run, or else as the cascade's training."""
+    if (Path(run) / SYSTEMS[name].folder / "predictions.npz").exists():
+        return 0.0
+    for other in runs:
+        record = read_record(other, name)
+        if record and record["took"]:
+            return record["took"]
+    return training_seconds(Path(run))
+
+
+# 5. The tables.
 
 
 def cells(values, form: str = "8.2f") -> str:
@@ -247,36 +371,32 @@ def cells(values, form: str = "8.2f") -> str:
     return "".join(f"{value:{form}}" for value in values)
 
 
-def print_metrics(
-    runs: list[str],
-    systems: dict[str, Predictor],
-    seconds: dict[str, float],
-    n_documents: int,
-) -> dict[str, np.ndarray]:
+def print_metrics(records: dict[str, list[dict]]) -> dict[str, np.ndarray]:
     """Print metrics and costs; {system: what each document adds to the metrics, mean of runs}.
 
-    `seconds` is what each system took for `n_documents`.
+    `records`: of each system, one for each run.
     """
+    n_runs = len(records["cascade"])
     titles = [f"{metric}@{j}" for metric, j in METRICS]
-    costs = ["scored", "train s", "doc/s", "M par."]
-    header = f"%, mean of {len(runs)} runs; +- standard deviation"
+    costs = ["scored", "train s", "doc/s", "x", "M par."]
+    header = f"%, mean of {n_runs} runs; +- standard deviation"
     print(f"\n{header:44}" + cells([*titles, *costs], ">8"))
     added = {}
-    for name, system in systems.items():
-        # 1. Measure each run, and take the means.
-        folder, *_ = SYSTEMS[name]
-        measured = [measure(Path(one) / folder) for one in runs]
-        values = [row for row, _ in measured]
-        added[name] = np.mean([part for _, part in measured], axis=0)
-        train_seconds = np.mean([training_seconds(Path(one) / folder) for one in runs])
+    for name, of_runs in records.items():
+        # 1. The means over runs.
+        values = np.array([record["metrics"] for record in of_runs], dtype=float)
+        added[name] = np.mean([record["added"] for record in of_runs], axis=0)
+
+        def mean(key: str, of_runs: list[dict] = of_runs) -> float:
+            return float(np.mean([record[key] for record in of_runs]))
+
         # 2. Print them beside the costs.
-        speed = n_documents / seconds[name]
-        of_system = (
-            f"{system.scored:8,.0f}{train_seconds:8,.0f}{speed:8,.0f}{system.parameters:8,.1f}"
-        )
-        print(f"{name:44}" + cells(np.mean(values, axis=0)) + of_system)
+        of_system = f"{mean('scored'):8,.0f}{mean('training_seconds'):8,.0f}"
+        of_system += f"{mean('documents_per_second'):8,.0f}{mean('times_the_cascade'):8.2f}"
+        of_system += f"{mean('million_parameters'):8,.1f}"
+        print(f"{name:44}" + cells(values.mean(axis=0)) + of_system)
         # 3. How far the runs are apart.
-        if len(runs) > 1:
+        if n_runs > 1:
             print(f"{'  +-':44}" + cells(np.std(values, axis=0, ddof=1)))
     return added
 
@@ -300,18 +420,13 @@ def print_differences(added: dict[str, np.ndarray], seed: int) -> None:
 
 
 def run(config: Config) -> None:
-    # 1. Train what is missing, in every run.
+    # 1. Train and measure what is missing, in every run.
     runs = config.run.split(",")
     names = chosen(config.systems)
-    for one in runs:
-        train_missing(one, names)
-    # 2. The speeds, all systems in turn: if the machine is busy for a while, all suffer alike.
-    systems = {name: predictor(runs[0], name, config.documents) for name in names}
-    passes = {name: system.predict for name, system in systems.items()}
-    seconds = in_turn(passes, rounds=3)
-    n_documents = min(config.documents, len(stages.data.load(runs[0]).splits["test"]))
-    # 3. The two tables.
-    added = print_metrics(runs, systems, seconds, n_documents)
+    add_missing(runs, names, config.documents)
+    # 2. The two tables, of the files alone.
+    records = {name: [read_record(run, name) for run in runs] for name in names}
+    added = print_metrics(records)
     print_differences(added, config.seed)
 
 
