@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_corpus, stages
+from conftest import HAS_VARIANTS, make_corpus, stages
 from scipy.sparse import csr_matrix
 from torch.nn import functional
 
 from plumbing.errors import UserError
 
-if not (ROOT / "variants").is_dir():
+if not HAS_VARIANTS:
     pytest.skip("variants/ has been deleted", allow_module_level=True)
 from variants import common, label_pool, lexical, unidec
 

@@ -112,10 +112,13 @@ def brought_by_others(
     Of the labels that are the hardest negative of some document: those that are a document's
     negatives, too, and not its own hardest; the OTHERS with the largest cosines.
     """
+    # 1. The labels of the pool that are the hardest negative of some document.
     is_hardest_of_some_A = torch.zeros_like(is_negative_BA[0])
     is_hardest_of_some_A[hardest_B] = True
+    # 2. Which of them are wrong for this document, and have not been brought by itself?
     is_other_BA = is_negative_BA & is_hardest_of_some_A
     is_other_BA.scatter_(1, hardest_B[:, None], False)
+    # 3. The nearest. Where there are too few, the places left do not count.
     score_BA = cosine_BA.detach().masked_fill(~is_other_BA, -torch.inf)
     place_BJ = score_BA.topk(min(OTHERS, score_BA.shape[1]), dim=1).indices
     return place_BJ, is_other_BA.gather(1, place_BJ)
@@ -166,13 +169,16 @@ class ALC(DualEncoder):
 
     def loss(self, batch: Batch) -> tuple[Tensor, Tensor]:
         """([base, TCM, pair losses], each with its weight; positives not in the pool)."""
+        # 1. The base: UniDEC's dual encoder, and its pick-some-label loss.
         x_BE = self.dual(self.mean_pooled(batch.ids_BT, batch.mask_BT))
         label_AE = self.texts(batch.pool_A)
         cosine_BA = x_BE @ label_AE.T
-        is_negative_BA = ~batch.is_positive_BA & ~batch.is_known_BA
         base = self.mean_loss(SCALE * cosine_BA, batch)
+        # 2. The margin, on the cosines themselves. What is known beforehand is no negative.
+        is_negative_BA = ~batch.is_positive_BA & ~batch.is_known_BA
         margin = tcm(cosine_BA, batch.is_positive_BA, is_negative_BA)
         losses = [base, self.tcm * margin]
+        # 3. The pair losses.
         if self.beta:
             # Documents that have both a positive and a negative in the pool.
             both_B = batch.is_positive_BA.any(1) & is_negative_BA.any(1)
@@ -185,6 +191,12 @@ class ALC(DualEncoder):
             )
             losses.append(self.beta * of_pairs)
         return torch.stack(losses), unidec.missed(batch)
+
+    @property
+    def parameters_needed(self) -> int:
+        """Weights that prediction needs (variants/compare.py asks): not those of the pairs."""
+        n_all = sum(parameter.numel() for parameter in self.parameters())
+        return n_all - sum(parameter.numel() for parameter in self.pairs.parameters())
 
     def pair_losses(
         self,
@@ -284,6 +296,7 @@ def difference(base: Path, other: Path, target: float, seed: int = 0) -> np.ndar
     test documents, the same ones for both.
     """
     rng = np.random.default_rng(seed)
+    # 1. Confidences and right answers of both systems, on both splits.
     found = []
     for folder in (base, other):
         val, val_right = load(folder, "val")
@@ -291,6 +304,7 @@ def difference(base: Path, other: Path, target: float, seed: int = 0) -> np.ndar
         found.append((val["score"], val_right, test["score"], test_right))
     n_val = len(found[0][0])
     n_test = len(found[0][2])
+    # 2. Draw, choose the thresholds, and compare, many times.
     gaps = []
     for _ in range(RESAMPLES):
         val_rows = rng.integers(0, n_val, n_val)

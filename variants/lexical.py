@@ -27,6 +27,7 @@ from plumbing.known_labels import most_known, without_known
 from plumbing.ownership import owned
 from variants import common
 from variants.common import Config, stages
+from variants.unidec import has_texts
 
 NAME = "lexical"
 K = 100
@@ -69,7 +70,7 @@ def run(config: Config) -> None:
 def run_in(out: Path) -> None:
     """Predict in the folder `out`."""
     data = stages.data.load(out)
-    if not len(data.splits["label"].ids):
+    if not has_texts(data):
         raise UserError(
             "the labels of this corpus have no texts to compare documents with; give "
             'labels.jsonl.gz a "text" for each label, and run 01_data.py'

@@ -194,8 +194,9 @@ class DualEncoder(nn.Module):
     # Prediction: every label is scored.
 
     @property
-    def slot_to_label(self) -> Tensor:  # TEMPORARY: until predict_split does without it
-        return self.text_ids_LT
+    def scored(self) -> int:
+        """How many labels are scored for a document (variants/compare.py asks)."""
+        return len(self.text_ids_LT)
 
     def train(self, mode: bool = True) -> "DualEncoder":
         self.text_LE = None  # the weights may move, or have moved
@@ -287,10 +288,13 @@ def missed(batch: Batch) -> Tensor:
     return len(batch.label_P) - batch.is_positive_BA.sum()
 
 
+def has_texts(data: stages.data.Data) -> bool:
+    return len(data.splits["label"].ids) > 0
+
+
 def label_texts(data: stages.data.Data) -> stages.data.Batch:
     """The texts of all labels, cut to TEXT_LEN tokens. UserError where there are none."""
-    split = data.splits["label"]
-    if not len(split.ids):
+    if not has_texts(data):
         raise UserError(
             "the labels of this corpus have no texts, and there is nothing else for the dual "
             'encoder to read; give labels.jsonl.gz a "text" for each label, and run 01_data.py'
