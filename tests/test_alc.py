@@ -238,10 +238,20 @@ def test_base_and_all_losses_train_and_are_compared(run, capsys):
         assert right > 2 * stages.train.hits(guess, data.splits["test"]).mean(), name
         loaded, _, _ = stages.train.load(run / name, data, alc.build)
         assert isinstance(loaded, alc.ALC)
-    gap = alc.difference(run / "alc-0-0-pool24", run / "alc-1-0.1-pool24", 0.5)
-    assert gap[0] <= gap[1] <= gap[2]
-    same = alc.difference(run / "alc-0-0-pool24", run / "alc-0-0-pool24", 0.5)
-    assert same.tolist() == [0, 0, 0]
+    assert printed.count("minus the base's") == len(alc.TARGETS)
+
+
+def test_the_difference_is_paired_and_has_a_sign():
+    right = np.arange(200) % 4 > 0
+    confidence, _ = some_predictions(200)
+    # One is sure of what is right, and the other of anything.
+    good = ({"score": np.where(right, 0.9, 0.1)}, right)
+    poor = ({"score": confidence}, right)
+    base, other = {"val": poor, "test": poor}, {"val": good, "test": good}
+    low, middle, high = alc.difference(base, other, 0.95)
+    assert 0.4 < low <= middle <= high < 1
+    assert alc.difference(base, base, 0.95).tolist() == [0, 0, 0]
+    assert alc.difference(other, base, 0.95)[1] < 0
 
 
 def test_negative_weights_are_refused(run):

@@ -39,7 +39,7 @@ Shapes   N documents, B documents of a batch, A labels of the pool, E width of t
          J labels that one document is compared with in the query-batch loss, k labels predicted
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -254,12 +254,15 @@ def confidences(scores_Nk: np.ndarray) -> dict[str, np.ndarray]:
     }
 
 
-def load(out: Path, split: str) -> tuple[dict[str, np.ndarray], np.ndarray]:
-    """(confidences, whether the first label is right (N,)) of the predictions of a split."""
+def load(out: Path) -> dict[str, tuple[dict[str, np.ndarray], np.ndarray]]:
+    """{split: (confidences, whether the first label is right (N,))} of a run's predictions."""
     data = stages.data.load(out)
-    path = out / stages.eval.file_of(split)
-    _, scores_Nk, correct_Nk = report.load(path, split, data)
-    return confidences(scores_Nk), correct_Nk[:, 0]
+    found = {}
+    for split in ("val", "test"):
+        path = out / stages.eval.file_of(split)
+        _, scores_Nk, correct_Nk = report.load(path, split, data)
+        found[split] = (confidences(scores_Nk), correct_Nk[:, 0])
+    return found
 
 
 def answered(
@@ -276,10 +279,10 @@ def answered(
     return is_answered.mean(), right
 
 
-def print_answered(out: Path) -> None:
-    """The answered shares, by each confidence."""
-    val, val_right = load(out, "val")
-    test, test_right = load(out, "test")
+def print_answered(run: dict) -> None:
+    """The answered shares of a run, as load() gives it, by each confidence."""
+    val, val_right = run["val"]
+    test, test_right = run["test"]
     print(f"{100 * test_right.mean():.1f}% of the first labels are right. Answered, and right:")
     for name in test:
         row = ""
@@ -289,31 +292,26 @@ def print_answered(out: Path) -> None:
         print(f"{name:24}{row}")
 
 
-def difference(base: Path, other: Path, target: float, seed: int = 0) -> np.ndarray:
+def difference(base: dict, other: dict, target: float, seed: int = 0) -> np.ndarray:
     """(3,): 2.5%, median, 97.5% of the answered share of `other` minus that of `base`.
 
-    A paired bootstrap: validation documents are drawn anew, which moves both thresholds, and then
-    test documents, the same ones for both.
+    Both as load() gives them. A paired bootstrap: validation documents are drawn anew, which moves
+    both thresholds, and then test documents, the same ones for both.
     """
     rng = np.random.default_rng(seed)
-    # 1. Confidences and right answers of both systems, on both splits.
-    found = []
-    for folder in (base, other):
-        val, val_right = load(folder, "val")
-        test, test_right = load(folder, "test")
-        found.append((val["score"], val_right, test["score"], test_right))
-    n_val = len(found[0][0])
-    n_test = len(found[0][2])
-    # 2. Draw, choose the thresholds, and compare, many times.
+    n_val = len(base["val"][1])
+    n_test = len(base["test"][1])
     gaps = []
     for _ in range(RESAMPLES):
         val_rows = rng.integers(0, n_val, n_val)
         test_rows = rng.integers(0, n_test, n_test)
         shares = []
-        for val, val_right, test, test_right in found:
-            of_val = (val[val_rows], val_right[val_rows])
-            of_test = (test[test_rows], test_right[test_rows])
-            share, _ = answered(of_val, of_test, target)
+        for run in (base, other):
+            confidence, is_right = run["val"]
+            val = (confidence["score"][val_rows], is_right[val_rows])
+            confidence, is_right = run["test"]
+            test = (confidence["score"][test_rows], is_right[test_rows])
+            share, _ = answered(val, test, target)
             shares.append(share)
         gaps.append(shares[1] - shares[0])
     return np.quantile(gaps, (0.025, 0.5, 0.975))
@@ -368,11 +366,14 @@ def run_in(out: Path, config: Config) -> None:
     save_pt(out / "model.pt", train_config, content, made_from, stage=f"variants/{NAME}.py")
     # 3. Predict, and ask how many documents are answered.
     common.test(out, model, train_config, NAME, seconds)
-    print_answered(out)
-    base = Path(config.run) / f"{NAME}-0-0"
-    if (base / "predictions.npz").exists() and base != out:
+    found = load(out)
+    print_answered(found)
+    # 4. If the base has been trained, how much more or less is answered?
+    base = Path(config.run) / folder_name(replace(config, tcm=0.0, beta=0.0, random=False))
+    if base != out and (base / "predictions.npz").exists():
+        of_base = load(base)
         for target in TARGETS:
-            low, middle, high = 100 * difference(base, out, target)
+            low, middle, high = 100 * difference(of_base, found, target)
             print(f"at {100 * target:.0f} minus the base's: {low:+.1f}, {middle:+.1f}, {high:+.1f}")
 
 
