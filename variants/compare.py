@@ -50,7 +50,16 @@ from plumbing.precision import in_turn
 from plumbing.store import load_npz, load_pt, write_whole
 from tools.compare import COLUMNS as ADDED
 from tools.compare import bootstrap, contributions, load_predictions
-from variants import gandalf, inception_xml, light_xml, one_vs_all, ranker, xr_transformer
+from variants import (
+    alc,
+    gandalf,
+    inception_xml,
+    light_xml,
+    one_vs_all,
+    ranker,
+    unidec,
+    xr_transformer,
+)
 from variants.common import stages
 
 # Settings in which a variant may differ from its cascade.
@@ -66,6 +75,7 @@ class System(NamedTuple):
     on: str = ""  # a ranker: the folder in RUN whose model it ranks for
     its_own: tuple[str, ...] = ITS_OWN
     is_ranker: bool = False
+    needs_texts: bool = False  # reads the texts of labels, which not every corpus has
 
 
 def trains(module: Any, **flags) -> Callable[[str], None]:
@@ -86,6 +96,7 @@ def short_text(system: str) -> System:
 
 # They are trained in this order: a ranker comes after the model that it is run on.
 XR = xr_transformer.NAME
+ALC = alc.folder_name(alc.Config())
 SYSTEMS = {
     "cascade": System("", None),
     "cascade + ranker": System("ranker", trains(ranker), is_ranker=True),
@@ -95,7 +106,9 @@ SYSTEMS = {
     "LightXML": System(light_xml.NAME, trains(light_xml), light_xml.build),
     "SyncXML": short_text("sync_xml"),
     "InceptionXML": short_text("inception_xml"),
-    "Gandalf": System(gandalf.NAME, trains(gandalf)),
+    "Gandalf": System(gandalf.NAME, trains(gandalf), needs_texts=True),
+    "UniDEC": System(unidec.NAME, trains(unidec), unidec.build, needs_texts=True),
+    "ALC, reconstructed": System(ALC, trains(alc), alc.build, needs_texts=True),
 }
 METRICS = [("P", 1), ("P", 3), ("P", 5), ("PSP", 1), ("PSP", 3), ("PSP", 5), ("R", 10), ("R", 100)]
 TESTED = ("P@1", "P@5", "PSP@5")  # by the bootstrap
@@ -424,6 +437,9 @@ def run(config: Config) -> None:
     # 1. Train and measure what is missing, in every run.
     runs = config.run.split(",")
     names = chosen(config.systems)
+    if config.systems == "all" and not unidec.has_texts(stages.data.load(runs[0])):
+        print("the labels have no texts: without the systems that read them")
+        names = [name for name in names if not SYSTEMS[name].needs_texts]
     add_missing(runs, names, config.documents)
     # 2. The two tables, of the files alone.
     records = {name: [read_record(run, name) for run in runs] for name in names}
