@@ -23,6 +23,7 @@ TITLES = {
     2: "the label tree",
     3: "the cascade",
     4: "negatives and losses",
+    5: "a pretrained encoder",
 }
 STEPS = {
     0: "course.steps_toy",
@@ -30,6 +31,7 @@ STEPS = {
     2: "course.steps_tree",
     3: "course.steps_cascade",
     4: "course.steps_negatives",
+    5: "course.steps_pretrained",
 }
 
 

@@ -69,6 +69,9 @@ class Step:
     signs: Sequence[Sign] = ()
     tolerance: float = 1e-9
     view: Callable[[Any], Any] = unchanged  # the part of a result that counts, such as a sorted one
+    # Names of a result's parts, where a student writes down the answer itself. Then the answer to a
+    # wrong one says which parts are right, and does not give the others away.
+    parts: Sequence[str] = ()
 
     def answer(self, function: Callable | None, file: str) -> Answer | None:
         """None if the student's function passes. `file` is the lab, whose lines errors name."""
@@ -84,23 +87,23 @@ class Step:
 
     def answer_to_case(self, function: Callable, case: Case, file: str) -> Answer | None:
         expected = values_of(self.view(result_of(self.oracle, case)))
+        wanted = self.wanted(expected)
         # 1. Call the student's function.
         try:
             result = result_of(function, case)
             if result is None:
-                return Answer(case.what, shown(expected), "None", "does your function return?")
+                return Answer(case.what, wanted, "None", "does your function return?")
             found = values_of(self.view(result))
         except NotImplementedError as error:
-            return Answer(case.what, shown(expected), BLANK, str(error))
+            return Answer(case.what, wanted, BLANK, str(error))
         except KeyboardInterrupt:
-            return Answer(
-                case.what, shown(expected), "no end: you interrupted it", "does your loop end?"
-            )
+            return Answer(case.what, wanted, "no end: you interrupted it", "does your loop end?")
         except Exception as error:
-            return Answer(case.what, shown(expected), where(error, file), self.hint)
+            return Answer(case.what, wanted, where(error, file), self.hint)
         # 2. Is it right?
         if same(found, expected, self.tolerance):
             return None
+        wanted = self.wanted(expected, found)
         # 3. Is it a mistake that we know? A known mistake may fail on this case: then it is not it.
         for mistake in self.mistakes:
             try:
@@ -109,7 +112,7 @@ class Step:
                 continue
             is_number = not any(np.isnan(array).any() for array in wrong)  # nan has many reasons
             if is_number and same(found, wrong, max(self.tolerance, 1e-9)):
-                return Answer(case.what, shown(expected), shown(found), mistake.hint)
+                return Answer(case.what, wanted, shown(found), mistake.hint)
         # 4. Does the result have a property that no right one has?
         for sign in self.signs:
             try:
@@ -117,14 +120,25 @@ class Step:
             except Exception:
                 continue
             if shows:
-                return Answer(case.what, shown(expected), shown(found), sign.hint)
+                return Answer(case.what, wanted, shown(found), sign.hint)
         # 5. If not, the shape may say more than the numbers.
         hint = self.hint
         shapes = [values.shape for values in expected]
         found_shapes = [values.shape for values in found]
         if shapes != found_shapes:
             hint = f"the shape should be {listed(shapes)} and is {listed(found_shapes)}; {hint}"
-        return Answer(case.what, shown(expected), shown(found), hint)
+        return Answer(case.what, wanted, shown(found), hint)
+
+    def wanted(self, expected: list[np.ndarray], found: Sequence[np.ndarray] = ()) -> str:
+        """What an answer says was expected."""
+        if not self.parts:
+            return shown(expected)
+        right = []
+        for name, ours, theirs in zip(self.parts, found, expected, strict=False):
+            if same([ours], [theirs], self.tolerance):
+                right.append(name)
+        wrong = [name for name in self.parts if name not in right]
+        return f"right: {', '.join(right) or 'none'}; not yet: {', '.join(wrong)}"
 
 
 def result_of(function: Callable, case: Case) -> Any:

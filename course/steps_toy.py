@@ -151,6 +151,8 @@ def trained_with_a_correct_negative() -> dict[str, list[int]]:
     return found | {"hard negatives": found["labels scored"]}
 
 
+SLOTS = "these are slots: look up in the row below which label stands in each"
+
 PREDICTION = Step(
     name="trace_of_prediction",
     oracle=predicted,
@@ -166,11 +168,12 @@ PREDICTION = Step(
         ),
         Mistake(
             lambda: with_slots_for_labels(False),
-            "these are slots: look up in the row below which label stands in each",
+            SLOTS,
         ),
     ],
     hint="level 2 keeps the two largest logits of 1.0, -1.0, 0.2 and -0.7; each has two slots",
     view=in_order(PREDICTION_KEYS),
+    parts=PREDICTION_KEYS,
 )
 TRAINING = Step(
     name="trace_of_training",
@@ -187,12 +190,13 @@ TRAINING = Step(
         ),
         Mistake(
             lambda: with_slots_for_labels(True),
-            "these are slots: look up in the row below which label stands in each",
+            SLOTS,
         ),
     ],
     hint="label 4 is in slot 6, below node 3 of level 2; the other place goes to the wrong cluster "
     "with the largest logit",
     view=in_order(TRAINING_KEYS),
+    parts=TRAINING_KEYS,
 )
 
 STEPS = [NODE_OF, CHILDREN, PREDICTION, TRAINING]

@@ -82,6 +82,14 @@ def test_a_lab_says_what_a_student_needs_to_know(lab):
         assert f"\n{word}" in LABS[lab].read_text(), word
 
 
+def log_odds_of(doc_P, node_P, n_documents, n_nodes, half=0.5, of_all=False):
+    pairs = np.unique(np.stack([doc_P, node_P]), axis=1)
+    count_C = np.bincount(pairs[1], minlength=n_nodes)
+    others_C = n_documents + 0.5 if of_all else n_documents - count_C
+    with np.errstate(divide="ignore"):
+        return np.log((count_C + half) / (others_C + half))
+
+
 # 1. Wrong solutions. For each step three, and a part of the hint that each should get.
 
 
@@ -311,6 +319,20 @@ WRONG = [
         [max(1, int(depth * (1 - (n - 1 - t) / 6) + 0.5))] for t in range(n)], "reads two layers"),
     (4, "choose_layers", lambda depth, n: layers_with_fault(depth, n, add=0), "int(x + 0.5)"),
     (4, "choose_layers", lambda depth, n: layers_with_fault(depth, n, lowest=0), "begin at 1"),
+    # Lab 5
+    (5, "mean_of_tokens", lambda h, mask: h.mean(1), "the padding counts"),
+    (5, "mean_of_tokens", lambda h, mask: (h * mask[:, :, None]).sum(1) / h.shape[1], "not by T"),
+    (5, "mean_of_tokens", lambda h, mask: h[:, 0], "first token"),
+    (5, "centre_and_scale", lambda x: (x.mean(0), 1 / x.std((0, 2))), "from the centre"),
+    (5, "centre_and_scale", lambda x: (x.mean(0), (x - x.mean(0)).std((0, 2))), "one over"),
+    (5, "centre_and_scale", lambda x: (x.mean(0), 1 / np.sqrt((x**2).mean((0, 2)))),
+     "take the mean away"),
+    (5, "centre_and_scale", lambda x: (x.mean(0), 1 / (x - x.mean(0)).std((0, 2)).clip(1e-12)),
+     "keeps the scale 1"),
+    (5, "log_odds", lambda d, v, n, c: np.log((np.bincount(v, minlength=c) + 0.5)
+                                              / (n - np.bincount(v, minlength=c) + 0.5)), "once"),
+    (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, n, c, half=0), "half a document"),
+    (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, n, c, of_all=True), "not over all"),
 ]  # fmt: skip
 
 
@@ -330,6 +352,19 @@ def test_a_wrong_solution_gets_a_hint_that_fits(lab, step, wrong, hint, capsys):
     for word in (f"step 1, {step}: not yet", "case  ", "expected  ", "found  ", "hint  "):
         assert word in printed
     assert set(found.values()) <= {None}
+
+
+def test_an_answer_that_a_student_writes_down_is_not_given_away():
+    """Of the trace by hand, the check says which lists are right."""
+    wrong = solved(0)["trace_of_prediction"]() | {"best label": [4]}
+    module = filled(0, solved(0, trace_of_prediction=lambda: wrong))
+    answer = check.answers(module, 0, LABS[0])["trace_of_prediction"]
+    assert answer.expected == (
+        "right: kept by level 1, scored at level 2, kept by level 2, labels scored; "
+        "not yet: best label"
+    )
+    blank = check.answers(filled(0, {}), 0, LABS[0])["trace_of_prediction"]
+    assert not re.search(r"\d \d", blank.expected)
 
 
 def test_every_step_has_three_wrong_solutions():
