@@ -84,7 +84,13 @@ def answers(module: ModuleType | SimpleNamespace, lab: int, path: Path) -> dict[
     """{step: None if it passes, or what is wrong}."""
     found = {}
     for step in steps_of(lab):
-        found[step.name] = step.answer(getattr(module, step.name, None), str(path))
+        answer = step.answer(getattr(module, step.name, None), str(path))
+        # A step that calls another one cannot be right before it. Any other hint would mislead.
+        faulty = [name for name in step.uses if found[name] is not None]
+        if answer is not None and answer.found != BLANK and faulty:
+            hint = f"it calls {faulty[0]}, which does not pass yet: mend that step first"
+            answer = answer._replace(hint=hint)
+        found[step.name] = answer
     return found
 
 

@@ -3,6 +3,8 @@
 Shapes   N documents, L labels, V words, S slots, C leaves, n rows of a node
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.sparse import csr_matrix
 
@@ -79,6 +81,14 @@ def two_means(Z_nV: np.ndarray, draws_n: np.ndarray, iterations: int) -> tuple:
     return order[:middle], order[middle:]
 
 
+def has_masks(result: tuple, Z_nV: np.ndarray, *others) -> bool:
+    return np.asarray(result[0]).dtype == bool
+
+
+def has_rows_themselves(result: tuple, *arguments) -> bool:
+    return np.asarray(result[0]).ndim == 2
+
+
 def is_no_partition(result: tuple, Z_nV: np.ndarray, *others) -> bool:
     together = np.sort(np.concatenate(result))
     return not np.array_equal(together, np.arange(len(Z_nV)))
@@ -125,6 +135,8 @@ TWO_MEANS = Step(
         ),
     ],
     signs=[
+        Sign(has_masks, "these are masks; np.flatnonzero(mask) gives numbers of rows, unsorted"),
+        Sign(has_rows_themselves, "return the numbers of the rows, not the rows"),
         Sign(is_no_partition, "every row number from 0 to n - 1 belongs to exactly one half"),
         Sign(is_unbalanced, UNBALANCED),
         Sign(
@@ -145,6 +157,31 @@ TWO_MEANS = Step(
 def leaves(Z_LV: np.ndarray, depth: int, iterations: int, seed: int) -> list[np.ndarray]:
     order, bounds = stages.tree.balanced_kmeans(csr_matrix(Z_LV), depth, iterations, seed)
     return np.split(order, bounds[1:-1])
+
+
+def faulty_leaves(own_order=True, labels=True, draws_of="place") -> Callable:
+    """The plain recursion with one fault: see the mistakes below."""
+
+    def wrong(Z_LV: np.ndarray, depth: int, iterations: int, seed: int) -> list[np.ndarray]:
+        generator = np.random.default_rng(seed)
+        rows_L = generator.permutation(len(Z_LV))
+        draws_dL = np.stack([generator.random(len(Z_LV)) for _ in range(depth)])
+        if not own_order:
+            rows_L = np.arange(len(Z_LV))
+
+        def split(rows: np.ndarray, draws: np.ndarray) -> list[np.ndarray]:
+            if len(draws) == 0:
+                return [rows]
+            left, right = two_means(Z_LV[rows], draws[0], iterations)
+            parts = {"place": (slice(0, len(left)), slice(len(left), None)), "row": (left, right)}
+            of_left, of_right = parts[draws_of]
+            if labels:
+                left, right = rows[left], rows[right]
+            return split(left, draws[1:, of_left]) + split(right, draws[1:, of_right])
+
+        return split(rows_L, draws_dL)
+
+    return wrong
 
 
 def sorted_leaves(found: list[np.ndarray]) -> list[np.ndarray]:
@@ -172,6 +209,20 @@ LEAVES = Step(
             lambda Z, depth, iterations, seed: leaves(Z, depth, iterations, seed)[::-1],
             "right leaves, wrong order: first all leaves of the left half, then those of the right",
         ),
+        Mistake(
+            faulty_leaves(own_order=False),
+            "the root is all labels in random order, the first result of random_start; the draws are "
+            "not reordered",
+        ),
+        Mistake(
+            faulty_leaves(labels=False),
+            "two_means gives places within the node; the labels are rows[left] and rows[right]",
+        ),
+        Mistake(
+            faulty_leaves(draws_of="row"),
+            "a draw belongs to a place, not to a label, and does not move with it: the left half "
+            "takes the first draws of the next level, draws[1:, :len(left)]",
+        ),
     ],
     signs=[
         Sign(
@@ -187,6 +238,7 @@ LEAVES = Step(
     hint="do the draws fit? a node takes the draws of its own places: draws[0] splits it, "
     "draws[1:, :middle] are for its left half, draws[1:, middle:] for its right half",
     view=sorted_leaves,
+    uses=["two_means"],
 )
 
 # Step 4
