@@ -103,8 +103,8 @@ def nodes_scored(counts: list[int], topk: list[int]) -> list[int]:
     """How many nodes each level scores for a document.
 
     counts: nodes per level, from the root to the slots, such as [1, 256, 2048, 14336]. topk:
-    clusters kept per cluster level, such as [32, 64]. The first level scores all of its nodes. These
-    two give [256, 256, 448].
+    clusters kept per cluster level, such as [32, 64]. The first level scores all of its nodes.
+    These two give [256, 256, 448].
     """
     raise NotImplementedError("step 4: nodes scored, level by level")
 
@@ -118,8 +118,8 @@ def nodes_scored(counts: list[int], topk: list[int]) -> list[int]:
        python 05_eval.py --run runs/course --topk 4,8
        python -m tools.report --run runs/course
 2. The recall grows up to 100, but R@100 falls once the beam is wider than in training (32 and 64).
-   What has p(label) never seen there? Would another ranking help? Write ranking = "parent" (p(label)
-   times p(its cluster)) as the first line below the `if` of the last cell, and run the lab again.
+   What has p(label) never seen there? Would another ranking help? Write ranking = "parent", which
+   is p(label) p(its cluster), below the `if` of the last cell, and run the lab again.
 3. Where is the step from one level to the next one in the code of step 3 differentiable, and where
    is it not? What does the encoder learn from?
 """

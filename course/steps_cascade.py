@@ -287,7 +287,9 @@ DESCEND = Step(
             changed(empty=never_empty),
             "an empty slot has the logit -inf: masked_fill at the last level",
         ),
-        Mistake(changed(dropout=without_dropout), "what level t reads is model.dropout[t](features[t])"),
+        Mistake(
+            changed(dropout=without_dropout), "what level t reads is model.dropout[t](features[t])"
+        ),
         Mistake(with_the_last_feature, EACH_ITS_OWN),
         Mistake(with_the_first_feature, EACH_ITS_OWN),
         Mistake(changed(shortlist=first_parents), "ask model.shortlist which clusters are kept"),

@@ -211,8 +211,8 @@ LEAVES = Step(
         ),
         Mistake(
             faulty_leaves(own_order=False),
-            "the root is all labels in random order, the first result of random_start; the draws are "
-            "not reordered",
+            "the root is all labels in random order, the first result of random_start; the draws "
+            "are not reordered",
         ),
         Mistake(
             faulty_leaves(labels=False),

@@ -4,6 +4,7 @@ import gzip
 import hashlib
 import json
 import os
+import re
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,12 @@ torch.set_num_threads(1)
 os.environ["OMP_NUM_THREADS"] = "1"
 
 stages = load_stages()
+
+
+def links_of(page: Path) -> list[Path]:
+    """The files that a page in Markdown links to, as they should be there."""
+    targets = re.findall(r"\]\(\s*([^)#\s]+)[^)]*\)", page.read_text())
+    return [page.parent / target for target in targets if not target.startswith("http")]
 
 
 def sha256(path: Path) -> str:

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, make_corpus, stages
+from conftest import ROOT, links_of, make_corpus, stages
 
 from plumbing.encoders import check_own_encoder
 from plumbing.store import load_pt
@@ -19,6 +19,7 @@ MARKDOWN = [
     *PAGES,
     ROOT / "bench" / "README.md",
     ROOT / "variants" / "README.md",
+    *sorted((ROOT / "course").rglob("*.md")),
 ]
 SMALL = ["--tiny", "1,32", "--epochs", "1", "--amp", "off", "--batch-size", "16", "--max-len", "32"]
 
@@ -204,6 +205,5 @@ def test_functions_that_the_paper_s_page_names_exist():
 
 @pytest.mark.parametrize("page", MARKDOWN, ids=lambda page: str(page.relative_to(ROOT)))
 def test_links_between_the_pages_lead_somewhere(page):
-    for target in re.findall(r"\]\(\s*([^)#\s]+)[^)]*\)", page.read_text()):
-        if not target.startswith("http"):
-            assert (page.parent / target).exists(), f"{page}: {target}"
+    for target in links_of(page):
+        assert target.exists(), f"{page}: {target}"
