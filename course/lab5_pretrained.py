@@ -4,7 +4,8 @@
 Goal      You know what an encoder that somebody has trained needs before its heads can learn, and
           what it is worth to train the heads first, or all of it.
 Reading   course/lecture.md, section 7; functions: Encoder.forward in 03_model.py; train_heads,
-          center and set_prior in 04_train.py (try it yourself first: these are the solutions)
+          center and set_prior in 04_train.py (try it yourself first: all but train_heads are
+          the solutions)
 Commands  python data/derive.py sample --source data/debian --out runs/debian-2000 \
               --train 2000 --val 500 --test 500
           python 01_data.py --run runs/pretrained --corpus runs/debian-2000 --encoder ENCODER

@@ -607,7 +607,8 @@ def test_a_lab_without_its_run_folder_says_what_is_missing(tmp_path):
 # 4. The lecture and the page for lecturers.
 
 LECTURE = (ROOT / "course" / "lecture.md").read_text()
-PAGES = [ROOT / "course" / name for name in ("lecture.md", "README.md")]
+PAGES = [ROOT / "course" / name for name in ("lecture.md", "README.md", "answers.md")]
+ANSWERS = PAGES[2].read_text()
 FUNCTION = r"`((?:plumbing/|variants/|data/|tools/)?\w+)\.py:\s+([\w.]+)`"
 
 
@@ -672,6 +673,39 @@ def test_the_table_of_the_family_is_that_of_the_variants_and_the_results():
     for name, *numbers in rows:
         measured = [line for line in measured_lines if line.startswith(f"| {name}")]
         assert any(all(f" {number} " in line for number in numbers) for line in measured), name
+
+
+@pytest.mark.parametrize("lab", NUMBERS)
+def test_each_question_of_a_lab_has_an_answer(lab):
+    cell = LABS[lab].read_text().split('"""Questions to talk about')[1].split('"""')[0]
+    section = ANSWERS.split(f"## Lab {lab}\n")[1].split("\n## ")[0]
+    numbers = [re.findall(r"^(\d)\. ", text, re.MULTILINE) for text in (cell, section)]
+    assert numbers[0] == numbers[1] == ["1", "2", "3"]
+
+
+def test_the_answers_about_the_toy_are_those_of_the_cascade():
+    """Lab 0: what gets no gradient, and three clusters in place of two."""
+    logits = [*toy.CLUSTER_LOGITS, toy.SLOT_LOGITS]
+    with_three = toy.cascade(toy.SLOT_TO_LABEL, logits, [2, 3], toy.LEVELS)
+    in_training = toy.trace(toy.toy_cascade(), [toy.CORRECT], teacher=True)
+    not_scored = [label for label in toy.SLOT_TO_LABEL if label not in in_training["labels scored"]]
+    assert not_scored == [5, 0, 7, 1] and "not scored: 5, 0, 7 and 1" in ANSWERS
+    for teacher in (False, True):
+        found = toy.trace(with_three, [toy.CORRECT], teacher)
+        assert found["kept by level 2"] == [0, 2, 3]
+        assert found["labels scored"] == sorted([6, 2, 7, 1, 4, 3])
+    assert toy.trace(with_three, [toy.CORRECT], False)["best label"] == [toy.CORRECT]
+
+
+def test_the_figures_of_the_answers_stand_on_the_other_pages():
+    """Of labs 1 to 4; what an answer works out itself is left out."""
+    worked_out = {"0.6", "1.2", "3.3"}
+    answers = ANSWERS[ANSWERS.index("## Lab 1") : ANSWERS.index("## Lab 5")]
+    pages = LECTURE + PAGES[1].read_text()
+    figures = set(re.findall(r"\b\d+\.\d+\b", answers)) - worked_out
+    assert len(figures) > 10
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", pages), figure
 
 
 def test_the_readme_leads_to_the_course():
