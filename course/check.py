@@ -59,6 +59,7 @@ def file_of(word: str) -> Path:
 
 def read(path: Path) -> ModuleType:
     """The lab as a module. Its computing cells do not run. CannotCheck if Python cannot read it."""
+    # Its name is "lab" and not "__main__", so its computing cells do not run.
     spec = importlib.util.spec_from_file_location("lab", path)
     if spec is None:
         raise CannotCheck(f"{path} is no Python file: its name should end in .py")
@@ -113,6 +114,7 @@ def print_answers(lab: int, found: dict[str, Answer | None]) -> None:
         if answer is None:
             print(f"step {number}, {name}: passes")
             continue
+        # Not begun: nothing is wrong yet, so nothing was expected.
         if answer.found == BLANK:
             print(f"step {number}, {name}: still a blank ({answer.hint})")
             continue

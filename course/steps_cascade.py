@@ -71,6 +71,7 @@ MATCH = Step(
 )
 
 # Step 2
+# Some logits of correct candidates are so low that logit + 1 would still lose.
 LOGITS = torch.randn(4, 3, 4, generator=numbers)
 TARGETS = (torch.rand(4, 3, 4, generator=numbers) < 0.2).float()
 
@@ -208,6 +209,7 @@ def sorted_levels(levels: list) -> list[Tensor]:
         found.append(logits_BKF.gather(1, order_BKF))
         if level.targets_BKF is not None:
             found.append(level.targets_BKF.gather(1, order_BKF))
+        # Places depend on the order of the parents before them. The clusters there do not.
         if before is not None:
             candidates_BM = tree_stage.expand(before.parents_BK, before.logits_BKF.shape[2])
             picked = candidates_BM.gather(1, level.picked_BK)

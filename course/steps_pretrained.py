@@ -20,6 +20,7 @@ set_prior = stages.train.set_prior
 
 # Step 1
 HIDDEN = torch.from_numpy(numbers.normal(size=(3, 5, 4)).astype(np.float32))
+# Documents of different lengths: with equal ones padding could not be noticed.
 MASK = torch.tensor([[1, 1, 1, 1, 1], [1, 1, 0, 0, 0], [1, 1, 1, 0, 0]])
 
 
@@ -162,6 +163,7 @@ CENTRE_AND_SCALE = Step(
         Sign(scale_of_noise, "a hidden state that is the same for all documents keeps the scale 1"),
     ],
     hint="centre: the mean over axis 0; spread: the root of ((encoded - centre) ** 2).mean((0, 2))",
+    # The stage sums squares in float64 and gives float32; a variance in two steps may differ more.
     tolerance=1e-4,
 )
 

@@ -24,6 +24,7 @@ from course.toy import (
 
 def node_of(slot_P: np.ndarray, n_nodes: int, n_slots: int) -> np.ndarray:
     """Cascade.nodes, of labels that stand in the slots of their own numbers."""
+    # All that the method asks of a cascade: where a label stands, and how many nodes there are.
     tree = SimpleNamespace(label_to_slot=torch.arange(n_slots), counts=[1, n_nodes, n_slots])
     node_P = stages.model.Cascade.nodes(tree, torch.as_tensor(slot_P), 0)
     return node_P.numpy()

@@ -22,6 +22,7 @@ def random_rows(n: int, width: int) -> csr_matrix:
 
 
 # Step 1. Labels of 20 documents, each of which has at least one document.
+# A label without documents has no direction, and length 1 would be a division by 0.
 DOCUMENTS = random_rows(20, 12)
 HAS_LABEL = rng.random((20, 6)) < 0.3
 HAS_LABEL[:6] |= np.eye(6, dtype=bool)
@@ -58,7 +59,8 @@ FEATURES = Step(
     hint="Y_NL.T @ X_NV is (L, V): the sum over the documents of each label",
 )
 
-# Step 2
+# Step 2. The stage splits all nodes of a level at once, and draws its random numbers itself. To be
+# the oracle of a single split, it gets a level of one node, and draws that are given.
 
 
 class Draws:
@@ -116,8 +118,10 @@ TWO_MEANS = Step(
     oracle=two_means,
     cases=[
         Case("24 rows, at most 20 rounds", (random_rows(24, 12).toarray(), rng.random(24), 20)),
+        # An odd number: which half is the larger one?
         Case("25 rows, at most 20 rounds", (random_rows(25, 12).toarray(), rng.random(25), 20)),
         Case("40 rows, at most 20 rounds", (random_rows(40, 12).toarray(), rng.random(40), 20)),
+        # Stopped before its halves are final: whoever goes on until nothing changes is wrong here.
         Case("40 rows, 2 rounds", (random_rows(40, 12).toarray(), rng.random(40), 2)),
     ],
     mistakes=[
@@ -151,7 +155,7 @@ TWO_MEANS = Step(
     hint="gap = Z_nV @ a - Z_nV @ b; order = np.argsort(-gap); the first (n + 1) // 2 go left",
 )
 
-# Step 3
+# Step 3. The number of labels of the second case is no power of two, so that leaves differ in size.
 
 
 def leaves(Z_LV: np.ndarray, depth: int, iterations: int, seed: int) -> list[np.ndarray]:
@@ -241,7 +245,7 @@ LEAVES = Step(
     uses=["two_means"],
 )
 
-# Step 4
+# Step 4. Both cases have leaves of two sizes: with equal ones nothing would have to be filled up.
 
 
 def lay_out(leaves_C: list[np.ndarray]) -> np.ndarray:
