@@ -60,7 +60,7 @@ def size() -> None:
     # Numbers of 4 bytes. AdamW holds four of them for a weight: itself, its gradient, two moments.
     print(f"weights           {numbers / 1e6:7,.0f} million numbers, {4 * numbers / GIB:5.1f} GiB")
     print(f"gradient, AdamW's two moments, weights    {16 * numbers / GIB:5.1f} GiB")
-    # RowAdam remembers a number for each row of weights, for each bias, and for each feature.
+    # RowAdam remembers two numbers for each row of weights, and one for each feature.
     rows = 2 * n_labels + width
     print(f"weights, RowAdam's state                  {4 * (numbers + rows) / GIB:5.1f} GiB")
     logits = 4 * n_documents * n_labels
