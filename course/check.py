@@ -59,6 +59,7 @@ def file_of(word: str) -> Path:
 
 def read(path: Path) -> ModuleType:
     """The lab as a module. Its computing cells do not run. CannotCheck if Python cannot read it."""
+    # Its name is "lab" and not "__main__", so its computing cells do not run.
     spec = importlib.util.spec_from_file_location("lab", path)
     if spec is None:
         raise CannotCheck(f"{path} is no Python file: its name should end in .py")
@@ -84,7 +85,13 @@ def answers(module: ModuleType | SimpleNamespace, lab: int, path: Path) -> dict[
     """{step: None if it passes, or what is wrong}."""
     found = {}
     for step in steps_of(lab):
-        found[step.name] = step.answer(getattr(module, step.name, None), str(path))
+        answer = step.answer(getattr(module, step.name, None), str(path))
+        # A step that calls another one cannot be right before it. Any other hint would mislead.
+        faulty = [name for name in step.uses if found[name] is not None]
+        if answer is not None and answer.found != BLANK and faulty:
+            hint = f"it calls {faulty[0]}, which does not pass yet: mend that step first"
+            answer = answer._replace(hint=hint)
+        found[step.name] = answer
     return found
 
 
@@ -107,6 +114,7 @@ def print_answers(lab: int, found: dict[str, Answer | None]) -> None:
         if answer is None:
             print(f"step {number}, {name}: passes")
             continue
+        # Not begun: nothing is wrong yet, so nothing was expected.
         if answer.found == BLANK:
             print(f"step {number}, {name}: still a blank ({answer.hint})")
             continue

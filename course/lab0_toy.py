@@ -7,8 +7,9 @@ Reading   course/lecture.md, sections 5 and 6; the docstrings at the top of 02_l
           03_model.py; functions: expand in 02_label_tree.py, Cascade.nodes in 03_model.py (try it
           yourself first: these are the solutions of steps 1 and 2)
 Commands  python -m course.check 0      after every step
+          python -m course.lab0_toy     at the end: the real cascade does the same
 Minutes   computing: none to speak of (the check takes seconds); of yours: 30
-Target    4 of 4 steps pass
+Target    4 of 4 steps pass; the last cell prints what you have traced
 
 The tree has eight labels and three levels. Below every node stands its logit.
 
@@ -25,7 +26,9 @@ correct label, label 4.
 
 Fill in every function that raises NotImplementedError. In the first two you write code. In the last
 two you write the answer itself, as lists of numbers (a single number, too: [3]): trace the descent
-with a pencil.
+with a pencil. Of these the check says which lists are right, and shows the first wrong one.
+
+Shape letters: P slots, B documents, K clusters of each (docs/glossary.md has all).
 """
 
 # %%

@@ -175,10 +175,12 @@ def labels_by_votes(k: int, chunk: int = 500) -> np.ndarray:
     X_transposed = X_train.T.tocsr()
     Y_train = train.label_matrix(n_labels)
     best = []
+    # Votes are a number for every label: for all documents at once they would be too many.
     for start in range(0, len(test), chunk):
         votes = neighbour_votes(X[start : start + chunk], X_transposed, Y_train, 20)
         scores = votes.toarray() if hasattr(votes, "toarray") else np.array(votes)
         is_known = known[start : start + chunk].toarray() > 0
+        # A label that the document is known to have would be no prediction: it goes last.
         scores[is_known] = -1
         best.append(np.argsort(-scores, axis=1, kind="stable")[:, :k])
     return np.concatenate(best)
@@ -194,6 +196,7 @@ if __name__ == "__main__":
     ):
         mine = my_table(labels_Nk)
         theirs = stages.eval.metrics(labels_Nk, test, weight_L)
+        # Sums in another order may differ in the last bits.
         agrees = all(np.allclose(mine[key], theirs[key], rtol=0, atol=1e-9) for key in mine)
         print(
             f"{name:24} {mine['P'][0]:6.1f} {mine['P'][4]:6.1f} {mine['nDCG'][4]:7.1f} "

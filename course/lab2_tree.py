@@ -3,7 +3,8 @@
 
 Goal      You can build the tree that the cascade goes down, and say what a bad tree costs.
 Reading   course/lecture.md, section 5; functions in 02_label_tree.py: label_features, the comment
-          "3. Balanced spherical 2-means" with the plain form, lay_out
+          "3. Balanced spherical 2-means" with the plain form, lay_out (try it yourself first: these
+          are the solutions)
 Commands  python 01_data.py --run runs/course --limit 12000 --vocab 8000      if lab 1 has not
           python 02_label_tree.py --run runs/course
           python 04_train.py --run runs/course --max-len 32 --epochs 3 --topk 32,64
@@ -46,7 +47,9 @@ def label_features(X_NV: csr_matrix, Y_NL: csr_matrix) -> csr_matrix:
 
     X_NV are the documents' TF-IDF vectors, Y_NL is 1 where a document has a label. A label's vector
     is the sum of the vectors of its documents, brought to length 1 (PIFA). Every label here has a
-    document.
+    document. Of scipy's sparse matrices you need A @ B, A.T, and A.toarray() if you go on with a
+    dense array: the lab has no more than 1,000 labels here. stages.tree.normalize(A) brings the
+    rows of a sparse matrix to length 1.
     """
     raise NotImplementedError("step 1: a vector for each label")
 
@@ -57,11 +60,13 @@ def label_features(X_NV: csr_matrix, Y_NL: csr_matrix) -> csr_matrix:
 def two_means(Z_nV: np.ndarray, draws_n: np.ndarray, iterations: int) -> tuple:
     """(left, right): the row numbers of the two halves, each in falling order of the gap.
 
-    Z_nV (n, V) are the rows of the node, of length 1. draws_n (n,) are random numbers.
+    Row numbers are 0 to n - 1, as they stand in Z_nV, whatever labels these are. Z_nV (n, V) are
+    the rows of the node, of length 1. draws_n (n,) are random numbers, one for each row.
     1. The first centroids a and b are the rows with the smallest and the second smallest draw.
     2. gap (n,): each row's product with a, minus its product with b.
     3. Sort the rows by falling gap. The first (n + 1) // 2 are the left half, the others the right.
-    4. If no row has changed sides since the last round, or after `iterations` rounds, stop.
+    4. This was a round. If no row has changed sides since the round before, or if this was round
+       number `iterations`, stop: these are the halves.
     5. The new centroids: the sum of each half, brought to length 1. Go on with 2.
     """
     raise NotImplementedError("step 2: two halves of equal size")
@@ -88,10 +93,14 @@ def leaves(Z_LV: np.ndarray, depth: int, iterations: int, seed: int) -> list[np.
     node, call two_means with its rows of Z_LV and its part of this level's draws. A node takes the
     places start to end of the order. Its left half takes the first (n + 1) // 2 of these places,
     its right half the others, in the order in which two_means gives them. Row t of the draws is
-    for the splits of level t, and the place of a label says which draw is its own.
+    for the splits of level t, and the place where a label stands before the split says which draw
+    is its own. Labels move, draws do not. With 5 labels, the root has the places 0 to 4 and the
+    draws draws[0, 0:5]. Then its left half has the places 0 to 2 and the draws draws[1, 0:3], its
+    right half the places 3 and 4 and the draws draws[1, 3:5].
 
     A function within this function that calls itself is the shortest way:
         split(rows, draws) -> list of arrays      rows (n,), draws (levels left, n)
+    rows are label numbers; two_means gives row numbers of the node. It ends when no level is left.
     """
     raise NotImplementedError("step 3: split down to the leaves")
 
@@ -102,8 +111,8 @@ def leaves(Z_LV: np.ndarray, depth: int, iterations: int, seed: int) -> list[np.
 def lay_out(leaves_C: list[np.ndarray]) -> np.ndarray:
     """slot_to_label (S,) int: the labels leaf by leaf, in blocks of equal width.
 
-    The width is the size of the largest leaf. A smaller leaf has -1 in its last places. Of the
-    leaves [6 2] and [5] it makes 6 2 5 -1.
+    An array of one dimension. The width is the size of the largest leaf. A smaller leaf has -1 in
+    its last places. Of the leaves [6 2] and [5] it makes 6 2 5 -1.
     """
     raise NotImplementedError("step 4: a slot for each label")
 
@@ -127,9 +136,10 @@ if __name__ == "__main__":
     X_NV, _ = stages.tree.tfidf(train, None, data.meta["vocab_size"])
     Y_NL = train.label_matrix(len(data.names))
     count_L = np.asarray(Y_NL.sum(axis=0)).ravel()
+    # Frequent labels alone, so that the plain form takes seconds, and none is without a document.
     frequent = np.argsort(-count_L, kind="stable")[:FREQUENT]
     Z_LV = csr_matrix(label_features(X_NV, csr_matrix(Y_NL[:, frequent])))
-    depth = int(np.log2(len(frequent) / 8))
+    depth = int(np.log2(len(frequent) / 8))  # about eight labels to a leaf, as stage 2 has it
     start = time.perf_counter()
     mine = leaves(Z_LV.toarray(), depth, 20, seed=0)
     plain_seconds = time.perf_counter() - start
@@ -138,6 +148,7 @@ if __name__ == "__main__":
     fast_seconds = time.perf_counter() - start
     my_order = np.concatenate(mine)
     my_bounds = np.cumsum([0] + [len(leaf) for leaf in mine])
+    # What would clusters of the same sizes be worth if nobody had looked at the labels?
     shuffled = np.random.default_rng(0).permutation(len(frequent))
     print(f"{len(frequent):,} labels, {len(mine)} leaves: mean cosine to the centroid, seconds")
     print(
@@ -155,6 +166,7 @@ if __name__ == "__main__":
 if __name__ == "__main__":
     tree = stages.tree.load(RUN)
     shuffled_run = runs.new_run(RUN, "shuffled")
+    # The labels change places and the levels stay, so only the meaning of a cluster is lost.
     slots = np.random.default_rng(0).permutation(tree.slot_to_label)
     runs.save_tree(shuffled_run, slots, tree.levels)
     trained = stages.train.Config(run=shuffled_run, max_len=MAX_LEN, epochs=EPOCHS, topk=TOPK)

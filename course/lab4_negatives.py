@@ -96,6 +96,7 @@ class RandomNegatives(stages.model.Cascade):
     """Correct clusters first, and random ones after them."""
 
     def shortlist(self, t, logits_BKF, targets_BKF, batch):
+        # In prediction nothing is random: the best clusters are kept.
         if targets_BKF is None:
             return stages.model.shortlist(logits_BKF, None, self.topk[t])
         return random_shortlist(torch.randn_like(logits_BKF), targets_BKF, self.topk[t])
@@ -110,6 +111,7 @@ class NoTeacher(stages.model.Cascade):
 
 def train(name: str, cascade: type, **settings) -> runs.Reached:
     """Train in a folder of its own, with your level_loss; what it reaches on validation."""
+    # A class of its own: your loss takes the place of the method of stage 3.
     mine = type(cascade.__name__, (cascade,), {"level_loss": staticmethod(level_loss)})
 
     def build(data, tree, config, encoder=None):
@@ -151,6 +153,7 @@ def as_words(layers: list[list[int]]) -> str:
 
 
 if __name__ == "__main__":
+    # The demo's encoder has a single layer, which leaves no choice: here a deeper one is trained.
     depth = int(DEEP.split(",")[0])
     n_levels = len(stages.tree.load(RUN).levels) + 1
     own = as_words(choose_layers(depth, n_levels))

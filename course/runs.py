@@ -24,6 +24,7 @@ def need(run: str, *names: str) -> None:
 
 def new_run(run: str, name: str) -> str:
     """A run folder beside `run`, with its data and its tree. What was in it before is deleted."""
+    # Data and tree are copied, not made again: all runs of a lab are compared on the same ones.
     folder = Path(f"{run}-{name}")
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)

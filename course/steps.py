@@ -11,8 +11,8 @@ A check never ends in a traceback: what goes wrong in a student's function is an
 
 import copy
 import traceback
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -69,9 +69,10 @@ class Step:
     signs: Sequence[Sign] = ()
     tolerance: float = 1e-9
     view: Callable[[Any], Any] = unchanged  # the part of a result that counts, such as a sorted one
-    # Names of a result's parts, where a student writes down the answer itself. Then the answer to a
-    # wrong one says which parts are right, and does not give the others away.
-    parts: Sequence[str] = ()
+    # Where a student writes down the answer itself: {a part of the result: a hint for it}. The
+    # check then says of each part whether it is right, and does not give the solution away.
+    parts: Mapping[str, str] = field(default_factory=dict)
+    uses: Sequence[str] = ()  # steps that this one calls: if they are wrong, so is this one
 
     def answer(self, function: Callable | None, file: str) -> Answer | None:
         """None if the student's function passes. `file` is the lab, whose lines errors name."""
@@ -104,6 +105,7 @@ class Step:
         if same(found, expected, self.tolerance):
             return None
         wanted = self.wanted(expected, found)
+        given = self.given(expected, found)
         # 3. Is it a mistake that we know? A known mistake may fail on this case: then it is not it.
         for mistake in self.mistakes:
             try:
@@ -112,7 +114,7 @@ class Step:
                 continue
             is_number = not any(np.isnan(array).any() for array in wrong)  # nan has many reasons
             if is_number and same(found, wrong, max(self.tolerance, 1e-9)):
-                return Answer(case.what, wanted, shown(found), mistake.hint)
+                return Answer(case.what, wanted, given, mistake.hint)
         # 4. Does the result have a property that no right one has?
         for sign in self.signs:
             try:
@@ -120,25 +122,44 @@ class Step:
             except Exception:
                 continue
             if shows:
-                return Answer(case.what, wanted, shown(found), sign.hint)
-        # 5. If not, the shape may say more than the numbers.
+                return Answer(case.what, wanted, given, sign.hint)
+        # 5. Is the result made of parts? The later parts follow from the first wrong one.
+        if self.parts:
+            hint = self.parts[self.wrong_parts(expected, found)[0]]
+            return Answer(case.what, wanted, given, hint)
+        # 6. If not, the shape may say more than the numbers.
         hint = self.hint
         shapes = [values.shape for values in expected]
         found_shapes = [values.shape for values in found]
         if shapes != found_shapes:
             hint = f"the shape should be {listed(shapes)} and is {listed(found_shapes)}; {hint}"
-        return Answer(case.what, wanted, shown(found), hint)
+        return Answer(case.what, wanted, given, hint)
+
+    def wrong_parts(self, expected: list[np.ndarray], found: Sequence[np.ndarray]) -> list[str]:
+        """The names of the parts that are not right."""
+        wrong = []
+        for name, ours, theirs in zip(self.parts, found, expected, strict=True):
+            if not same([ours], [theirs], self.tolerance):
+                wrong.append(name)
+        return wrong
 
     def wanted(self, expected: list[np.ndarray], found: Sequence[np.ndarray] = ()) -> str:
-        """What an answer says was expected."""
+        """What an answer says was expected: of a result in parts, only which of them are right."""
         if not self.parts:
             return shown(expected)
-        right = []
-        for name, ours, theirs in zip(self.parts, found, expected, strict=False):
-            if same([ours], [theirs], self.tolerance):
-                right.append(name)
-        wrong = [name for name in self.parts if name not in right]
-        return f"right: {', '.join(right) or 'none'}; not yet: {', '.join(wrong)}"
+        if not found:
+            return f"lists for: {', '.join(self.parts)}"
+        wrong = self.wrong_parts(expected, found)
+        judged = [f"{name} {'wrong' if name in wrong else 'right'}" for name in self.parts]
+        return ", ".join(judged)
+
+    def given(self, expected: list[np.ndarray], found: list[np.ndarray]) -> str:
+        """What an answer says was found: of a result in parts, the first wrong one."""
+        if not self.parts:
+            return shown(found)
+        first = self.wrong_parts(expected, found)[0]
+        place = list(self.parts).index(first)
+        return f"{first} {shown([found[place]])}"
 
 
 def result_of(function: Callable, case: Case) -> Any:

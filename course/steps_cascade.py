@@ -71,6 +71,7 @@ MATCH = Step(
 )
 
 # Step 2
+# Some logits of correct candidates are so low that logit + 1 would still lose.
 LOGITS = torch.randn(4, 3, 4, generator=numbers)
 TARGETS = (torch.rand(4, 3, 4, generator=numbers) < 0.2).float()
 
@@ -95,6 +96,18 @@ def the_worst(logits_BKF: Tensor, targets_BKF: Tensor | None, k: int) -> Tensor:
     return model_stage.shortlist(-logits_BKF, targets_BKF, k)
 
 
+def are_scores(result: Tensor, *arguments) -> bool:
+    return torch.as_tensor(result).is_floating_point()
+
+
+def has_the_correct_ones_alone(
+    result: Tensor, logits_BKF: Tensor, targets_BKF: Tensor | None, k: int
+) -> bool:
+    """Every correct candidate is kept, and the other places went to others than the best ones."""
+    is_kept_BM = torch.zeros_like(targets_BKF.flatten(1)).scatter(1, torch.as_tensor(result), 1)
+    return bool((is_kept_BM >= targets_BKF.flatten(1)).all())
+
+
 def per_parent(result: Tensor, logits_BKF: Tensor, targets_BKF: Tensor | None, k: int) -> bool:
     """Numbers that never reach beyond the children of a single parent."""
     return bool((torch.as_tensor(result) < logits_BKF.shape[2]).all())
@@ -117,9 +130,15 @@ SHORTLIST = Step(
         Mistake(the_worst, "these are the smallest logits: topk takes the largest"),
     ],
     signs=[
+        Sign(are_scores, "these are scores; the places are topk(...).indices"),
         Sign(
             per_parent,
             "places count through all K * F candidates of a document: flatten(1) before topk",
+        ),
+        Sign(
+            has_the_correct_ones_alone,
+            "the correct ones are kept; the places left are for the most probable wrong ones: rank "
+            "by probability + target, not by the target alone",
         ),
     ],
     hint="flatten the K x F candidates of a document, and take .topk(k, dim=1).indices",
@@ -134,14 +153,24 @@ class NeverAsked(NoEncoder):
     width = 4
 
 
+class Doubled(nn.Module):
+    def forward(self, x_BD: Tensor) -> Tensor:
+        return 2 * x_BD
+
+
 def small_cascade(topk: list[int]) -> nn.Module:
-    """A cascade of 3, 6 and 12 nodes."""
+    """A cascade of 3, 6 and 12 nodes.
+
+    A dropout of a model that predicts changes nothing, so whoever forgets it would not be noticed.
+    Here it doubles what it is given.
+    """
     slots = np.array([6, 2, 5, 0, 7, -1, 1, 4, 3, 8, 10, 9], np.int32)
     tree = tree_stage.Tree(slots, [3, 6])
     layers = [[0], [0], [0]]
     model = model_stage.Cascade(NeverAsked(), tree, topk, layers, join="none")
     for parameter in model.heads.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=numbers))
+    model.dropout = nn.ModuleList([Doubled(), Doubled(), Doubled()])
     return model.eval()
 
 
@@ -158,7 +187,9 @@ def descent(topk: list[int], teacher: bool) -> tuple:
     """The arguments of one descent."""
     model = small_cascade(topk)
     batch = small_batch()
-    return model, model.features(batch), batch, teacher
+    # Each level reads something else: a level that reads another one's feature is noticed.
+    features = [(t + 1) * x_BD for t, x_BD in enumerate(model.features(batch))]
+    return model, features, batch, teacher
 
 
 def sorted_levels(levels: list) -> list[Tensor]:
@@ -178,6 +209,7 @@ def sorted_levels(levels: list) -> list[Tensor]:
         found.append(logits_BKF.gather(1, order_BKF))
         if level.targets_BKF is not None:
             found.append(level.targets_BKF.gather(1, order_BKF))
+        # Places depend on the order of the parents before them. The clusters there do not.
         if before is not None:
             candidates_BM = tree_stage.expand(before.parents_BK, before.logits_BKF.shape[2])
             picked = candidates_BM.gather(1, level.picked_BK)
@@ -206,6 +238,19 @@ def first_parents(model: nn.Module) -> Callable:
     return keep
 
 
+def without_dropout(model: nn.Module) -> nn.ModuleList:
+    return nn.ModuleList([nn.Identity() for _ in model.dropout])
+
+
+def with_the_last_feature(model, features, batch, teacher):
+    """Every level reads what the labels read."""
+    return model_stage.Cascade.descend(model, features[-1:] * len(features), batch, teacher)
+
+
+def with_the_first_feature(model, features, batch, teacher):
+    return model_stage.Cascade.descend(model, features[:1] * len(features), batch, teacher)
+
+
 def never_empty(model: nn.Module) -> Tensor:
     return torch.zeros_like(model.empty)
 
@@ -224,6 +269,7 @@ def has_places_for_parents(levels: list, *arguments) -> bool:
     return torch.equal(last.parents_BK, last.picked_BK)
 
 
+EACH_ITS_OWN = "each level reads a feature of its own: level t reads features[t]"
 DESCEND = Step(
     name="descend",
     oracle=model_stage.Cascade.descend,
@@ -243,6 +289,11 @@ DESCEND = Step(
             changed(empty=never_empty),
             "an empty slot has the logit -inf: masked_fill at the last level",
         ),
+        Mistake(
+            changed(dropout=without_dropout), "what level t reads is model.dropout[t](features[t])"
+        ),
+        Mistake(with_the_last_feature, EACH_ITS_OWN),
+        Mistake(with_the_first_feature, EACH_ITS_OWN),
         Mistake(changed(shortlist=first_parents), "ask model.shortlist which clusters are kept"),
     ],
     signs=[
@@ -299,6 +350,10 @@ NODES_SCORED = Step(
                 k * fan for k, fan in zip([1, *topk], [*fans(counts)[1:], 1], strict=True)
             ],
             "the fan of a level is its own number of nodes over that of the level above",
+        ),
+        Mistake(
+            lambda counts, topk: (np.cumprod([1, *topk]) * fans(counts)).tolist(),
+            "topk is what is kept in all, not for each cluster of the level above",
         ),
     ],
     hint="level t scores topk[t - 1] * (counts[t + 1] // counts[t]) nodes; level 0 has one parent",

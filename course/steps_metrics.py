@@ -67,7 +67,7 @@ TAIL = Step(
     hint="four numbers in the order head, torso, tail, unseen; they add up to the number of labels",
 )
 
-# Step 2
+# Step 2. The first case can be followed by hand; the second one has more than one document.
 
 PRECISION = Step(
     name="precision",
@@ -97,7 +97,7 @@ PRECISION = Step(
     hint="hit_Nk.cumsum(axis=1) counts the correct ones among the first 1, 2, ..., k",
 )
 
-# Step 3
+# Step 3. Each function below is nDCG with one fault.
 
 
 def discounts(k: int, shift: int = 1) -> np.ndarray:
@@ -143,7 +143,8 @@ NDCG = Step(
     "divide document by document, then average",
 )
 
-# Step 4
+# Step 4. The second case has other constants: whoever writes 0.55 and 1.5 into the formula passes
+# the first one alone.
 
 
 def propensity(count_L: np.ndarray, n: int, a: float = 0.55, b: float = 1.5) -> np.ndarray:
@@ -183,7 +184,8 @@ PROPENSITY = Step(
     hint="a label without documents weighs most; use the a and b that are given, not 0.55 and 1.5",
 )
 
-# Step 5
+# Step 5. Many documents, whose labels differ in weight. With a single one, a mean of ratios and a
+# ratio of sums would be the same.
 
 
 def mean_of_ratios(hit_Nk, labels_Nk, best_Nk, weight_L):
@@ -221,7 +223,7 @@ PSP = Step(
     hint="weight_L[labels_Nk] is (N, k): the weight of each predicted label",
 )
 
-# Step 6
+# Step 6. More training documents than neighbours, so that it matters who may vote.
 
 
 def random_rows(n: int, width: int) -> csr_matrix:

@@ -17,6 +17,7 @@ numbers = torch.Generator().manual_seed(0)
 # Step 1
 LOGITS = torch.randn(3, 2, 4, generator=numbers) * 2
 TARGETS = (torch.rand(3, 2, 4, generator=numbers) < 0.3).float()
+# An empty slot: minus infinity, which turns a product with 0 into no number.
 WITH_EMPTY = LOGITS.clone()
 WITH_EMPTY[:, 1, 3] = -torch.inf
 TARGETS_WITH_EMPTY = TARGETS.clone()
@@ -119,6 +120,7 @@ RANDOM_SHORTLIST = Step(
     oracle=model_stage.shortlist,
     cases=[
         Case("4 documents, 3 x 4 candidates, keep 5", KEEP_FIVE),
+        # Fewer places than some documents have correct candidates: the noise decides among those.
         Case("the same, keep 2", (NOISE, CORRECT, 2)),
     ],
     mistakes=[
@@ -176,6 +178,7 @@ LAYERS = Step(
         Case("12 layers, 3 levels", (12, 3)),
         Case("12 layers, 4 levels", (12, 4)),
         Case("4 layers, 3 levels", (4, 3)),
+        # So few layers that every level would like to read a layer below the first.
         Case("1 layer, 3 levels", (1, 3)),
         Case("1 layer, 5 levels", (1, 5)),
         Case("6 layers, 1 level", (6, 1)),

@@ -24,6 +24,7 @@ from course.toy import (
 
 def node_of(slot_P: np.ndarray, n_nodes: int, n_slots: int) -> np.ndarray:
     """Cascade.nodes, of labels that stand in the slots of their own numbers."""
+    # All that the method asks of a cascade: where a label stands, and how many nodes there are.
     tree = SimpleNamespace(label_to_slot=torch.arange(n_slots), counts=[1, n_nodes, n_slots])
     node_P = stages.model.Cascade.nodes(tree, torch.as_tensor(slot_P), 0)
     return node_P.numpy()
@@ -95,11 +96,6 @@ CHILDREN = Step(
 
 # Steps 3 and 4. A result has a list under each key; the order in a list does not matter.
 
-PREDICTION_KEYS = [
-    "kept by level 1", "scored at level 2", "kept by level 2", "labels scored", "best label",
-]  # fmt: skip
-TRAINING_KEYS = [*PREDICTION_KEYS[:-1], "hard negatives"]
-
 
 def in_order(keys: list[str]):
     """What compares two traces: their lists, sorted, in the order of the keys."""
@@ -151,7 +147,36 @@ def trained_with_a_correct_negative() -> dict[str, list[int]]:
     return found | {"hard negatives": found["labels scored"]}
 
 
-SLOTS = "these are slots: look up in the row below which label stands in each"
+# Hints for the parts that both traces have, and for those that differ.
+OF_BOTH = {
+    "kept by level 1": "level 1 keeps two clusters; how many does it have?",
+    "scored at level 2": "the children of all clusters that level 1 keeps; c has 2c and 2c + 1",
+}
+LABELS_SCORED = {
+    "labels scored": "a cluster c of level 2 has the slots 2c and 2c + 1: which labels are in them?"
+}
+OF_PREDICTION = {
+    **OF_BOTH,
+    "kept by level 2": "of the nodes scored, the two with the largest logits",
+    **LABELS_SCORED,
+    "best label": "of the labels scored, the one with the largest logit",
+}
+OF_TRAINING = {
+    **OF_BOTH,
+    "kept by level 2": "which node is above label 4? it goes first, whatever its logit; the other "
+    "place goes to the wrong node with the largest logit",
+    **LABELS_SCORED,
+    "hard negatives": "the labels scored, without the correct one",
+}
+
+
+def slots_for_labels(teacher: bool) -> Mistake:
+    """The same mistake in both traces."""
+    return Mistake(
+        lambda: with_slots_for_labels(teacher),
+        "these are slots: look up in the row below which label stands in each",
+    )
+
 
 PREDICTION = Step(
     name="trace_of_prediction",
@@ -166,14 +191,11 @@ PREDICTION = Step(
             predicted_from_everything,
             "label 4 has the largest logit of all, but is it among the labels scored?",
         ),
-        Mistake(
-            lambda: with_slots_for_labels(False),
-            SLOTS,
-        ),
+        slots_for_labels(teacher=False),
     ],
-    hint="level 2 keeps the two largest logits of 1.0, -1.0, 0.2 and -0.7; each has two slots",
-    view=in_order(PREDICTION_KEYS),
-    parts=PREDICTION_KEYS,
+    hint="a dictionary with a list of numbers under each of the five keys",
+    view=in_order(list(OF_PREDICTION)),
+    parts=OF_PREDICTION,
 )
 TRAINING = Step(
     name="trace_of_training",
@@ -188,15 +210,11 @@ TRAINING = Step(
             trained_with_a_correct_negative,
             "label 4 is scored and correct: it is no negative",
         ),
-        Mistake(
-            lambda: with_slots_for_labels(True),
-            SLOTS,
-        ),
+        slots_for_labels(teacher=True),
     ],
-    hint="label 4 is in slot 6, below node 3 of level 2; the other place goes to the wrong cluster "
-    "with the largest logit",
-    view=in_order(TRAINING_KEYS),
-    parts=TRAINING_KEYS,
+    hint="a dictionary with a list of numbers under each of the five keys",
+    view=in_order(list(OF_TRAINING)),
+    parts=OF_TRAINING,
 )
 
 STEPS = [NODE_OF, CHILDREN, PREDICTION, TRAINING]

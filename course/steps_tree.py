@@ -3,6 +3,8 @@
 Shapes   N documents, L labels, V words, S slots, C leaves, n rows of a node
 """
 
+from collections.abc import Callable
+
 import numpy as np
 from scipy.sparse import csr_matrix
 
@@ -20,6 +22,7 @@ def random_rows(n: int, width: int) -> csr_matrix:
 
 
 # Step 1. Labels of 20 documents, each of which has at least one document.
+# A label without documents has no direction, and length 1 would be a division by 0.
 DOCUMENTS = random_rows(20, 12)
 HAS_LABEL = rng.random((20, 6)) < 0.3
 HAS_LABEL[:6] |= np.eye(6, dtype=bool)
@@ -56,7 +59,8 @@ FEATURES = Step(
     hint="Y_NL.T @ X_NV is (L, V): the sum over the documents of each label",
 )
 
-# Step 2
+# Step 2. The stage splits all nodes of a level at once, and draws its random numbers itself. To be
+# the oracle of a single split, it gets a level of one node, and draws that are given.
 
 
 class Draws:
@@ -77,6 +81,14 @@ def two_means(Z_nV: np.ndarray, draws_n: np.ndarray, iterations: int) -> tuple:
     order = stages.tree.split_level(csr_matrix(Z_nV), node_n, bounds, iterations, Draws(draws_n))
     middle = (n + 1) // 2
     return order[:middle], order[middle:]
+
+
+def has_masks(result: tuple, Z_nV: np.ndarray, *others) -> bool:
+    return np.asarray(result[0]).dtype == bool
+
+
+def has_rows_themselves(result: tuple, *arguments) -> bool:
+    return np.asarray(result[0]).ndim == 2
 
 
 def is_no_partition(result: tuple, Z_nV: np.ndarray, *others) -> bool:
@@ -106,8 +118,10 @@ TWO_MEANS = Step(
     oracle=two_means,
     cases=[
         Case("24 rows, at most 20 rounds", (random_rows(24, 12).toarray(), rng.random(24), 20)),
+        # An odd number: which half is the larger one?
         Case("25 rows, at most 20 rounds", (random_rows(25, 12).toarray(), rng.random(25), 20)),
         Case("40 rows, at most 20 rounds", (random_rows(40, 12).toarray(), rng.random(40), 20)),
+        # Stopped before its halves are final: whoever goes on until nothing changes is wrong here.
         Case("40 rows, 2 rounds", (random_rows(40, 12).toarray(), rng.random(40), 2)),
     ],
     mistakes=[
@@ -125,6 +139,8 @@ TWO_MEANS = Step(
         ),
     ],
     signs=[
+        Sign(has_masks, "these are masks; np.flatnonzero(mask) gives numbers of rows, unsorted"),
+        Sign(has_rows_themselves, "return the numbers of the rows, not the rows"),
         Sign(is_no_partition, "every row number from 0 to n - 1 belongs to exactly one half"),
         Sign(is_unbalanced, UNBALANCED),
         Sign(
@@ -139,12 +155,37 @@ TWO_MEANS = Step(
     hint="gap = Z_nV @ a - Z_nV @ b; order = np.argsort(-gap); the first (n + 1) // 2 go left",
 )
 
-# Step 3
+# Step 3. The number of labels of the second case is no power of two, so that leaves differ in size.
 
 
 def leaves(Z_LV: np.ndarray, depth: int, iterations: int, seed: int) -> list[np.ndarray]:
     order, bounds = stages.tree.balanced_kmeans(csr_matrix(Z_LV), depth, iterations, seed)
     return np.split(order, bounds[1:-1])
+
+
+def faulty_leaves(own_order=True, labels=True, draws_of="place") -> Callable:
+    """The plain recursion with one fault: see the mistakes below."""
+
+    def wrong(Z_LV: np.ndarray, depth: int, iterations: int, seed: int) -> list[np.ndarray]:
+        generator = np.random.default_rng(seed)
+        rows_L = generator.permutation(len(Z_LV))
+        draws_dL = np.stack([generator.random(len(Z_LV)) for _ in range(depth)])
+        if not own_order:
+            rows_L = np.arange(len(Z_LV))
+
+        def split(rows: np.ndarray, draws: np.ndarray) -> list[np.ndarray]:
+            if len(draws) == 0:
+                return [rows]
+            left, right = two_means(Z_LV[rows], draws[0], iterations)
+            parts = {"place": (slice(0, len(left)), slice(len(left), None)), "row": (left, right)}
+            of_left, of_right = parts[draws_of]
+            if labels:
+                left, right = rows[left], rows[right]
+            return split(left, draws[1:, of_left]) + split(right, draws[1:, of_right])
+
+        return split(rows_L, draws_dL)
+
+    return wrong
 
 
 def sorted_leaves(found: list[np.ndarray]) -> list[np.ndarray]:
@@ -172,6 +213,20 @@ LEAVES = Step(
             lambda Z, depth, iterations, seed: leaves(Z, depth, iterations, seed)[::-1],
             "right leaves, wrong order: first all leaves of the left half, then those of the right",
         ),
+        Mistake(
+            faulty_leaves(own_order=False),
+            "the root is all labels in random order, the first result of random_start; the draws "
+            "are not reordered",
+        ),
+        Mistake(
+            faulty_leaves(labels=False),
+            "two_means gives places within the node; the labels are rows[left] and rows[right]",
+        ),
+        Mistake(
+            faulty_leaves(draws_of="row"),
+            "a draw belongs to a place, not to a label, and does not move with it: the left half "
+            "takes the first draws of the next level, draws[1:, :len(left)]",
+        ),
     ],
     signs=[
         Sign(
@@ -187,9 +242,10 @@ LEAVES = Step(
     hint="do the draws fit? a node takes the draws of its own places: draws[0] splits it, "
     "draws[1:, :middle] are for its left half, draws[1:, middle:] for its right half",
     view=sorted_leaves,
+    uses=["two_means"],
 )
 
-# Step 4
+# Step 4. Both cases have leaves of two sizes: with equal ones nothing would have to be filled up.
 
 
 def lay_out(leaves_C: list[np.ndarray]) -> np.ndarray:

@@ -35,6 +35,7 @@ def cascade(
     slot_to_label: list[int], logits: list[list[float]], kept: list[int], levels: list[int]
 ) -> nn.Module:
     """A cascade whose nodes have these logits for every document, in evaluation mode."""
+    # Every level reads the only hidden state there is. It is 0, so a logit is its bias.
     tree = stages.tree.Tree(torch.tensor(slot_to_label, dtype=torch.int32).numpy(), levels)
     layers = [[0]] * (len(levels) + 1)
     model = stages.model.Cascade(NoEncoder(), tree, kept, layers, join="none")
@@ -61,17 +62,20 @@ def trace(model: nn.Module, labels: list[int], teacher: bool) -> dict[str, list[
     batch = one_document(labels)
     levels = list(model.descend(model.features(batch), batch, teacher))
     found = {}
+    # What level t keeps are the parents of the level after it.
     for t, level in enumerate(levels[1:], 1):
         fan = level.logits_BKF.shape[2]
         scored = stages.tree.expand(level.parents_BK, fan)[0].tolist()
         found[f"kept by level {t}"] = sorted(level.parents_BK[0].tolist())
         if t + 1 < len(levels):
             found[f"scored at level {t + 1}"] = sorted(scored)
+    # The candidates of the last level are slots, and a document has labels.
     scored_labels = model.slot_to_label[torch.tensor(scored)].tolist()
     found["labels scored"] = sorted(scored_labels)
     if teacher:
         found["hard negatives"] = sorted(set(scored_labels) - set(labels))
     else:
+        # By p(label) alone, as on paper: the largest logit of the labels that were reached.
         best, _ = model.predict(batch, 1, "label")
         found["best label"] = best[0].tolist()
     return found

@@ -57,12 +57,16 @@ def size() -> None:
     width = 768
     n_documents = 64
     numbers = n_labels * width
+    # Numbers of 4 bytes. AdamW holds four of them for a weight: itself, its gradient, two moments.
     print(f"weights           {numbers / 1e6:7,.0f} million numbers, {4 * numbers / GIB:5.1f} GiB")
     print(f"gradient, AdamW's two moments, weights    {16 * numbers / GIB:5.1f} GiB")
+    # RowAdam remembers two numbers for each row of weights, and one for each feature.
     rows = 2 * n_labels + width
     print(f"weights, RowAdam's state                  {4 * (numbers + rows) / GIB:5.1f} GiB")
     logits = 4 * n_documents * n_labels
     print(f"logits of a batch of {n_documents} documents          {logits / GIB:5.2f} GiB")
+    # A weight means a multiplication and an addition. BERT-base has 85 million weights beside its
+    # word embeddings, and each of 128 tokens meets all of them.
     scores = 2 * numbers
     encoder = 2 * 85_000_000 * 128
     print(f"operations for a document: all labels {scores / 1e9:.1f} billion, ", end="")
@@ -82,6 +86,7 @@ def metrics() -> None:
     labels = np.array([0, 2], np.int32)  # the document has a and c
     split = stages.data.Split(np.zeros(1, np.uint16), np.array([0, 1]), labels, np.array([0, 2]))
     n_N = np.array([2])
+    # The weights of the document's own labels, largest first: what PSP divides by.
     best_Nk = stages.eval.best_weights(split, weight_L, 4)
     for ranking in ("a b c d", "c b a d"):
         labels_Nk = np.array([[names.index(name) for name in ranking.split()]])
@@ -113,6 +118,7 @@ def tree() -> None:
     order = np.concatenate(found)
     bounds = np.array([0, 2, 4, 6, 8])
     ours = stages.tree.cosine_to_centroid(Z_LV, order, bounds)
+    # For comparison: the labels dealt out to the leaves like cards.
     dealt_out = np.array([0, 4, 1, 5, 2, 6, 3, 7])
     theirs = stages.tree.cosine_to_centroid(Z_LV, dealt_out, bounds)
     print(f"mean cosine to the centroid {ours:.3f}; with the leaves 04 15 26 37 {theirs:.3f}")
@@ -148,12 +154,14 @@ def loss() -> None:
     """The loss of the label level in the training step of `trace`."""
     model = example()
     batch = toy.one_document([5])
+    # The last level of the descent is that of the labels.
     *_, level = model.descend(model.features(batch), batch, teacher=True)
     slots = stages.tree.expand(level.parents_BK, 2)[0].tolist()
     logits = level.logits_BKF.flatten().tolist()
     targets = level.targets_BKF.flatten().tolist()
     print("label   logit   target   p(label)   loss")
     for label, logit, target in sorted(zip(slots, logits, targets, strict=True)):
+        # The loss of a level with this candidate alone.
         one = torch.tensor([[[logit]]])
         part = model.level_loss(one, torch.tensor([[[target]]])).item()
         p = 1 / (1 + math.exp(-logit))

@@ -27,11 +27,11 @@ HAS_VARIANTS = (ROOT / "variants").is_dir()
 needs_variants = pytest.mark.skipif(not HAS_VARIANTS, reason="variants/ has been deleted")
 
 
-def links_of(page: Path) -> list[str]:
-    """The files that a page links to, without what was deleted on purpose."""
+def links_of(page: Path) -> list[Path]:
+    """The files that a page in Markdown links to, without what was deleted on purpose."""
     targets = re.findall(r"\]\(\s*([^)#\s]+)[^)]*\)", page.read_text())
-    links = [target for target in targets if not target.startswith("http")]
-    return [link for link in links if HAS_VARIANTS or "variants/" not in link]
+    links = [page.parent / target for target in targets if not target.startswith("http")]
+    return [link for link in links if HAS_VARIANTS or "variants" not in link.parts]
 
 
 def sha256(path: Path) -> str:

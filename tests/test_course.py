@@ -148,6 +148,30 @@ def places_of_nodes(Z, depth, iterations, seed):
     return [leaf % (len(Z) // 2) for leaf in solved(2)["leaves"](Z, depth, iterations, seed)]
 
 
+def recursion(Z, depth, iterations, seed, rows_L=None, numbers_of="all", draws_move=False):
+    """The recursion in plain form, with a fault."""
+    start_L, draws = lab_2().random_start(len(Z), depth, seed)
+    nodes = [(start_L if rows_L is None else rows_L, draws)]
+    for _ in range(depth):
+        below = []
+        for rows, own in nodes:
+            for half, places in zip(halves(Z[rows], own[0], iterations), two_parts(len(rows)),
+                                    strict=True):  # fmt: skip
+                labels = rows[half] if numbers_of == "all" else half
+                below.append((labels, own[1:, half if draws_move else places]))
+        nodes = below
+    return [rows for rows, _ in nodes]
+
+
+def two_parts(n):
+    """The places of the left half of a node of n rows, and of the right half."""
+    return np.split(np.arange(n), [(n + 1) // 2])
+
+
+def lab_2():
+    return filled(2, {})
+
+
 def padded(leaves, filler, together=False):
     """Blocks of equal width, filled up with anything, or all labels first."""
     width = max(len(leaf) for leaf in leaves)
@@ -181,12 +205,17 @@ def layers_with_fault(depth, n_levels, add=0.5, lowest=1):
     return groups
 
 
-def faulty_descent(model, features, batch, teacher, places=False, masked=True, matched=True):
-    """The descent with a fault: places for clusters, empty slots scored, or never a target."""
+def faulty_descent(
+    model, features, batch, teacher, places=False, masked=True, matched=True, dropped=True
+):
+    """The descent with a fault: places for clusters, empty slots scored, never a target, or no
+    dropout.
+    """
     parents, picked = torch.zeros(len(batch.ids_BT), 1, dtype=torch.int64), None
     for t, head in enumerate(model.heads):
         fan = model.counts[t + 1] // model.counts[t]
-        logits, targets = head(features[t], parents), None
+        x_BD = model.dropout[t](features[t]) if dropped else features[t]
+        logits, targets = head(x_BD, parents), None
         if masked and t == len(model.topk):
             logits[model.empty[parents]] = -torch.inf
         if teacher and matched:
@@ -196,6 +225,14 @@ def faulty_descent(model, features, batch, teacher, places=False, masked=True, m
         if t < len(model.topk):
             picked = model.shortlist(t, logits, targets, batch)
             parents = picked if places else stages.tree.expand(parents, fan).gather(1, picked)
+
+
+def log_odds_of(doc_P, node_P, n_documents, n_nodes, half=0.5, of_all=False):
+    pairs = np.unique(np.stack([doc_P, node_P]), axis=1)
+    count_C = np.bincount(pairs[1], minlength=n_nodes)
+    others_C = n_documents + 0.5 if of_all else n_documents - count_C
+    with np.errstate(divide="ignore"):
+        return np.log((count_C + half) / (others_C + half))
 
 
 RIGHT_PREDICTION = {
@@ -232,7 +269,9 @@ WRONG = [
      "whatever its logit"),
     (0, "trace_of_training", lambda: RIGHT_TRAINING | {"hard negatives": [6, 2, 4, 3]},
      "it is no negative"),
-    (0, "trace_of_training", lambda: {"kept by level 1": [0, 1]}, "in slot 6"),
+    (0, "trace_of_training", lambda: {"kept by level 1": [0, 1]}, "each of the five keys"),
+    (0, "trace_of_training", lambda: RIGHT_TRAINING | {"kept by level 2": [1, 3]},
+     "the wrong node with the largest logit"),
     # Lab 1
     (1, "tail_and_head", lambda n: classes_of(n, 51, 6, 1), ">=, not >"),
     (1, "tail_and_head", lambda n: classes_of(n, 50, 5, 0), "unseen"),
@@ -277,11 +316,18 @@ WRONG = [
     (2, "two_means", lambda Z, r, n: halves(Z, r, n, equal=False), "balanced"),
     (2, "two_means", lambda Z, r, n: halves(Z, r, n, at_length_1=False), "to length 1"),
     (2, "two_means", lambda Z, r, n: halves(Z, r, 1), "after one round"),
+    (2, "two_means", lambda Z, r, n: [np.isin(np.arange(len(Z)), half) for half in halves(Z, r, n)],
+     "np.flatnonzero"),
+    (2, "two_means", lambda Z, r, n: [Z[half] for half in halves(Z, r, n)], "not the rows"),
     (2, "two_means", lambda Z, r, n: [np.sort(half) for half in halves(Z, r, n)],
      "falling order of the gap"),
     (2, "leaves", fewer_levels, "2^depth leaves"),
     (2, "leaves", places_of_nodes, "missing or twice"),
     (2, "leaves", lambda *case: solved(2)["leaves"](*case)[::-1], "wrong order"),
+    (2, "leaves", lambda Z, *others: recursion(Z, *others, rows_L=np.arange(len(Z))),
+     "first result of random_start"),
+    (2, "leaves", lambda *case: recursion(*case, numbers_of="node"), "places within the node"),
+    (2, "leaves", lambda *case: recursion(*case, draws_move=True), "does not move with it"),
     (2, "lay_out", lambda leaves: padded(leaves, 0), "0 is a label"),
     (2, "lay_out", lambda leaves: padded(leaves, -1, together=True), "a block of its own"),
     (2, "lay_out", lambda leaves: [label for leaf in leaves for label in leaf],
@@ -295,12 +341,20 @@ WRONG = [
      "with a target go first"),
     (3, "shortlist", lambda z, y, k: z.add(0 if y is None else y).flatten(1).topk(k).indices,
      "1 more does not"),
+    (3, "shortlist", lambda z, y, k: (z.sigmoid() if y is None else y).flatten(1).topk(k).indices,
+     "not by the target alone"),
+    (3, "shortlist", lambda z, y, k: z.flatten(1).topk(k).values, "topk(...).indices"),
     (3, "shortlist", lambda z, y, k: z[:, 0].topk(3).indices, "flatten(1) before topk"),
     (3, "descend", lambda *case: faulty_descent(*case, places=True), "are places among the"),
     (3, "descend", lambda *case: faulty_descent(*case, masked=False), "masked_fill"),
     (3, "descend", lambda *case: faulty_descent(*case, matched=False), "targets_BKF is None"),
     (3, "descend", lambda model, features, batch, teacher: (yield from
         stages.model.Cascade.descend(model, features, batch, True)), "unless `teacher` is true"),
+    (3, "descend", lambda *case: faulty_descent(*case, dropped=False), "model.dropout[t]"),
+    (3, "descend", lambda model, features, batch, teacher: (yield from
+        faulty_descent(model, features[::-1][:1] * 3, batch, teacher)), "a feature of its own"),
+    (3, "nodes_scored", lambda c, k: [c[1], k[0] * c[2] // c[1], k[0] * k[1] * c[3] // c[2]],
+     "kept in all"),
     (3, "nodes_scored", lambda c, k: c[1:], "all nodes of each level"),
     (3, "nodes_scored", lambda c, k: [c[1]] + k, "are the clusters kept"),
     (3, "nodes_scored", lambda c, k: [k[t] * (c[t + 2] // c[t + 1]) for t in range(len(k))],
@@ -324,6 +378,8 @@ WRONG = [
     (5, "mean_of_tokens", lambda h, mask: (h * mask[:, :, None]).sum(1) / h.shape[1], "not by T"),
     (5, "mean_of_tokens", lambda h, mask: h[:, 0], "first token"),
     (5, "centre_and_scale", lambda x: (x.mean(0), 1 / x.std((0, 2))), "from the centre"),
+    (5, "centre_and_scale", lambda x: (x.mean(0), 1 / (x.std(0) + 1e-6)), "not for a feature"),
+    (5, "centre_and_scale", lambda x: (x.mean(0), 1 / (x - x.mean(0)).var((0, 2))), "the root"),
     (5, "centre_and_scale", lambda x: (x.mean(0), (x - x.mean(0)).std((0, 2))), "one over"),
     (5, "centre_and_scale", lambda x: (x.mean(0), 1 / np.sqrt((x**2).mean((0, 2)))),
      "take the mean away"),
@@ -331,6 +387,8 @@ WRONG = [
      "keeps the scale 1"),
     (5, "log_odds", lambda d, v, n, c: np.log((np.bincount(v, minlength=c) + 0.5)
                                               / (n - np.bincount(v, minlength=c) + 0.5)), "once"),
+    (5, "log_odds", lambda d, v, n, c: -log_odds_of(d, v, n, c), "upside down"),
+    (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, n, 0), "minlength"),
     (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, n, c, half=0), "half a document"),
     (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, n, c, of_all=True), "not over all"),
 ]  # fmt: skip
@@ -354,17 +412,27 @@ def test_a_wrong_solution_gets_a_hint_that_fits(lab, step, wrong, hint, capsys):
     assert set(found.values()) <= {None}
 
 
-def test_an_answer_that_a_student_writes_down_is_not_given_away():
-    """Of the trace by hand, the check says which lists are right."""
-    wrong = solved(0)["trace_of_prediction"]() | {"best label": [4]}
-    module = filled(0, solved(0, trace_of_prediction=lambda: wrong))
-    answer = check.answers(module, 0, LABS[0])["trace_of_prediction"]
+def test_an_answer_that_a_student_writes_down_is_not_given_away(capsys):
+    """Of the trace by hand, the check says which lists are right, and shows the first wrong one."""
+    wrong = RIGHT_PREDICTION | {"kept by level 2": [1, 2], "best label": [4]}
+    found = check.answers(filled(0, solved(0, trace_of_prediction=lambda: wrong)), 0, LABS[0])
+    answer = found["trace_of_prediction"]
     assert answer.expected == (
-        "right: kept by level 1, scored at level 2, kept by level 2, labels scored; "
-        "not yet: best label"
+        "kept by level 1 right, scored at level 2 right, kept by level 2 wrong, "
+        "labels scored right, best label wrong"
     )
+    assert answer.found == "kept by level 2 [1 2]"
+    assert answer.hint == "of the nodes scored, the two with the largest logits"
     blank = check.answers(filled(0, {}), 0, LABS[0])["trace_of_prediction"]
     assert not re.search(r"\d \d", blank.expected)
+
+
+def test_a_step_that_calls_a_wrong_one_says_so():
+    """Lab 2's recursion calls a two_means that gives both halves in the wrong order."""
+    module = filled(2, solved(2, two_means=lambda *case: solved(2)["two_means"](*case)[::-1]))
+    module.leaves = lambda Z, depth, n, seed: recursion(Z, depth, n, seed)[::-1]
+    answer = check.answers(module, 2, LABS[2])["leaves"]
+    assert answer.hint == "it calls two_means, which does not pass yet: mend that step first"
 
 
 def test_every_step_has_three_wrong_solutions():
@@ -499,6 +567,23 @@ def test_lab_3_runs_and_its_widest_beam_is_exact(small_run, capsys):
     assert recalls == sorted(recalls) and recalls[-1] == 100
 
 
+def test_lab_5_runs_and_trains_five_models_that_differ(small_run, capsys):
+    settings = {"MAX_LEN": 32, "EPOCHS": 1, "HEAD_EPOCHS": 1, "LOOKED_AT": 20}
+    filled(5, solved(5), "__main__", RUN=str(small_run), **settings)
+    printed = capsys.readouterr().out
+    # Of each hidden state: documents look more alike before centring than after it.
+    states = re.findall(r"^ +\d +(-?\d\.\d+) +(-?\d\.\d+) +[\d.]+$", printed, re.MULTILINE)
+    assert states and all(float(as_it_is) > float(centred) for as_it_is, centred in states)
+    names = ("heads alone", "    not centred, not scaled", "    all biases the same",
+             "all from the start", "heads first, then all")  # fmt: skip
+    for name in names:
+        assert re.search(rf"^{name}( +[\d.]+){{3}}$", printed, re.MULTILINE), name
+    folders = ("heads", "not-centred", "no-prior", "all", "heads-first")
+    logs = [(Path(f"{small_run}-{name}") / "log.jsonl").read_text() for name in folders]
+    first = [re.findall(r'"loss": \[[^]]*\]', log)[-1] for log in logs]
+    assert len(set(first)) == 5
+
+
 def test_lab_4_runs_and_trains_five_models_that_differ(small_run, capsys):
     settings = {"TOPK": "2,4", "EPOCHS": 1, "DEEP": "2,32"}
     filled(4, solved(4), "__main__", RUN=str(small_run), **settings)
@@ -522,7 +607,7 @@ def test_a_lab_computes_nothing_before_its_steps_pass(lab, tmp_path):
 
 
 def test_a_lab_without_its_run_folder_says_what_is_missing(tmp_path):
-    for lab in (1, 2, 3, 4):
+    for lab in (1, 2, 3, 4, 5):
         with pytest.raises(SystemExit, match="data.npz is missing; run the"):
             filled(lab, solved(lab), "__main__", RUN=str(tmp_path))
 
@@ -530,7 +615,8 @@ def test_a_lab_without_its_run_folder_says_what_is_missing(tmp_path):
 # 4. The lecture and the page for lecturers.
 
 LECTURE = (ROOT / "course" / "lecture.md").read_text()
-PAGES = [ROOT / "course" / name for name in ("lecture.md", "README.md")]
+PAGES = [ROOT / "course" / name for name in ("lecture.md", "README.md", "answers.md")]
+ANSWERS = PAGES[2].read_text()
 FUNCTION = r"`((?:plumbing/|variants/|data/|tools/)?\w+)\.py:\s+([\w.]+)`"
 
 
@@ -597,6 +683,39 @@ def test_the_table_of_the_family_is_that_of_the_variants_and_the_results():
     for name, *numbers in rows:
         measured = [line for line in measured_lines if line.startswith(f"| {name}")]
         assert any(all(f" {number} " in line for number in numbers) for line in measured), name
+
+
+@pytest.mark.parametrize("lab", NUMBERS)
+def test_each_question_of_a_lab_has_an_answer(lab):
+    cell = LABS[lab].read_text().split('"""Questions to talk about')[1].split('"""')[0]
+    section = ANSWERS.split(f"## Lab {lab}\n")[1].split("\n## ")[0]
+    numbers = [re.findall(r"^(\d)\. ", text, re.MULTILINE) for text in (cell, section)]
+    assert numbers[0] == numbers[1] == ["1", "2", "3"]
+
+
+def test_the_answers_about_the_toy_are_those_of_the_cascade():
+    """Lab 0: what gets no gradient, and three clusters in place of two."""
+    logits = [*toy.CLUSTER_LOGITS, toy.SLOT_LOGITS]
+    with_three = toy.cascade(toy.SLOT_TO_LABEL, logits, [2, 3], toy.LEVELS)
+    in_training = toy.trace(toy.toy_cascade(), [toy.CORRECT], teacher=True)
+    not_scored = [label for label in toy.SLOT_TO_LABEL if label not in in_training["labels scored"]]
+    assert not_scored == [5, 0, 7, 1] and "not scored: 5, 0, 7 and 1" in ANSWERS
+    for teacher in (False, True):
+        found = toy.trace(with_three, [toy.CORRECT], teacher)
+        assert found["kept by level 2"] == [0, 2, 3]
+        assert found["labels scored"] == sorted([6, 2, 7, 1, 4, 3])
+    assert toy.trace(with_three, [toy.CORRECT], False)["best label"] == [toy.CORRECT]
+
+
+def test_the_figures_of_the_answers_stand_on_the_other_pages():
+    """Of labs 1 to 4; what an answer works out itself is left out."""
+    worked_out = {"0.6", "1.2", "3.3"}
+    answers = ANSWERS[ANSWERS.index("## Lab 1") : ANSWERS.index("## Lab 5")]
+    pages = LECTURE + PAGES[1].read_text()
+    figures = set(re.findall(r"\b\d+\.\d+\b", answers)) - worked_out
+    assert len(figures) > 10
+    for figure in figures:
+        assert re.search(rf"(?<![\d.]){re.escape(figure)}(?![\d])", pages), figure
 
 
 def test_the_readme_leads_to_the_course():
