@@ -858,8 +858,8 @@ def load(
             "run the script that it was trained with"
         )
     config = config_type(run=str(folder), **content["config"])
-    # The encoder is built from the description in the file, without the folder it came from. A model
-    # whose encoder has no description makes it itself.
+    # The encoder is built from the description in the file, without the folder it came from. Where
+    # there is none, `build` makes the encoder.
     encoder = None
     if content["encoder"] is not None:
         encoder = model_stage.make_encoder(data, config, content["encoder"], content["model"])

@@ -241,6 +241,7 @@ def sources() -> dict[str, Path]:
     for path in sorted(HERE.glob("lab[0-9]_*.py")):
         found[path.stem] = path
     found["slides"] = HERE / "slides.md"
+    found["answers"] = HERE / "answers.md"
     return found
 
 

@@ -227,14 +227,6 @@ def faulty_descent(
             parents = picked if places else stages.tree.expand(parents, fan).gather(1, picked)
 
 
-def log_odds_of(doc_P, node_P, n_documents, n_nodes, half=0.5, of_all=False):
-    pairs = np.unique(np.stack([doc_P, node_P]), axis=1)
-    count_C = np.bincount(pairs[1], minlength=n_nodes)
-    others_C = n_documents + 0.5 if of_all else n_documents - count_C
-    with np.errstate(divide="ignore"):
-        return np.log((count_C + half) / (others_C + half))
-
-
 RIGHT_PREDICTION = {
     "kept by level 1": [0, 1],
     "scored at level 2": [0, 1, 2, 3],
