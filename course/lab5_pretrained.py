@@ -47,7 +47,9 @@ from plumbing.stages import load_stages
 stages = load_stages()
 LAB = 5
 RUN = "runs/pretrained"  # the folder that the commands have made
-MAX_LEN = 32  # tokens of a document; with a GPU take 128
+# Tokens of a document. Stage 4 will say that this cuts most texts off: it is what makes the lab fit
+# into an evening. With a GPU take 128.
+MAX_LEN = 32
 HEAD_EPOCHS = 10  # of the heads alone
 EPOCHS = 2  # of the whole cascade, each as long as a minute or two; with a GPU take 10
 LOOKED_AT = 200  # documents whose features are compared
