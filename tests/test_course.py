@@ -569,7 +569,7 @@ def test_lab_5_runs_and_trains_five_models_that_differ(small_run, capsys):
     names = ("heads alone", "    not centred, not scaled", "    all biases the same",
              "all from the start", "heads first, then all")  # fmt: skip
     for name in names:
-        assert re.search(rf"^{name}( +[\d.]+){{3}}$", printed, re.MULTILINE), name
+        assert re.search(rf"^{name}( +[\d.]+){{4}}$", printed, re.MULTILINE), name
     folders = ("heads", "not-centred", "no-prior", "all", "heads-first")
     logs = [(Path(f"{small_run}-{name}") / "log.jsonl").read_text() for name in folders]
     first = [re.findall(r'"loss": \[[^]]*\]', log)[-1] for log in logs]
