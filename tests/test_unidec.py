@@ -406,9 +406,10 @@ def test_what_is_known_is_not_predicted(trained):
         assert not set(known[i].indices.tolist()) & set(labels.tolist())
 
 
-def test_the_model_on_disk_predicts_the_same(trained):
+def test_the_model_on_disk_predicts_the_same(trained, capsys):
     data = stages.data.load(trained)
     model, _, ranking = stages.train.load(trained, data, unidec.build)
+    assert capsys.readouterr().out == ""  # it is read by the class that wrote it
     model.eval()
     rows = np.arange(40, 60)  # of these nothing is known beforehand
     labels, scores = model.predict(data.batch("test", rows, 32), 20, ranking)

@@ -395,6 +395,9 @@ def test_all_systems_side_by_side(run, capsys, tmp_path):
 
 def test_chosen_systems_come_in_order_with_what_they_need():
     assert compare.chosen("all") == list(compare.SYSTEMS)
+    # Without texts of labels, all but two.
+    without = compare.chosen("all", has_texts=False)
+    assert set(compare.SYSTEMS) - set(without) == {"UniDEC", "ALC, reconstructed"}
     # The cascade first, whatever the order asked for.
     assert compare.chosen("light_xml,one_vs_all") == ["cascade", "one-vs-all", "LightXML"]
     # A ranker brings the system that it is run on, and nothing else.

@@ -361,6 +361,7 @@ def run_in(out: Path, config: Config) -> None:
         "encoder": model.encoder.description(),
         "ranking": model.ranking,
         "model": model.state_dict(),
+        "cascade": type(model).__name__,  # the class that reads it
     }
     made_from = ("data.npz", "tree.npz")
     save_pt(out / "model.pt", train_config, content, made_from, stage=f"variants/{NAME}.py")

@@ -131,14 +131,15 @@ class Config:
 # 1. Which systems, and training what is missing.
 
 
-def chosen(systems: str) -> list[str]:
+def chosen(systems: str, has_texts: bool = True) -> list[str]:
     """The names, in the order of SYSTEMS, of the systems that --systems asks for.
 
     The cascade is always among them: the others are compared with it. So is the system that a
-    ranker is run on. UserError where there is no such system.
+    ranker is run on. UserError where there is no such system. "all" leaves out what needs texts of
+    labels where there are none.
     """
     if systems == "all":
-        return list(SYSTEMS)
+        return [name for name, one in SYSTEMS.items() if has_texts or not one.needs_texts]
     folders = systems.split(",")
     known = {one.folder: one.on for one in SYSTEMS.values() if one.train}
     wanted = {""}  # the folder of the cascade is RUN itself
@@ -436,10 +437,10 @@ def print_differences(added: dict[str, np.ndarray], seed: int) -> None:
 def run(config: Config) -> None:
     # 1. Train and measure what is missing, in every run.
     runs = config.run.split(",")
-    names = chosen(config.systems)
-    if config.systems == "all" and not unidec.has_texts(stages.data.load(runs[0])):
+    has_texts = config.systems != "all" or unidec.has_texts(stages.data.load(runs[0]))
+    if not has_texts:
         print("the labels have no texts: without the systems that read them")
-        names = [name for name in names if not SYSTEMS[name].needs_texts]
+    names = chosen(config.systems, has_texts)
     add_missing(runs, names, config.documents)
     # 2. The two tables, of the files alone.
     records = {name: [read_record(run, name) for run in runs] for name in names}
