@@ -19,9 +19,9 @@ score of a label contains them:
     q_l   = max over the clusters c in the beam of s_c a_cl         the best path to label l
     p_l   = q_l sigmoid(w_l x + b_l)
 
-The factors alpha and beta let as many clusters, and edges of a cluster, be 1 at a time: alpha is b
-here. A beam is the b best clusters. The K labels with the largest q are scored: the shortlist. A fixed tree
-is a special case: with F edges that are alike and beta above F, every strength is 1.
+The factors alpha and beta let as many clusters, and edges of a cluster, be 1 at a time. A beam is
+the b best clusters; alpha is b here. The K labels with the largest q are scored: the shortlist. A
+fixed tree is a special case: with F edges that are alike and beta above F, every strength is 1.
 
 What differs from the cascade:
 
