@@ -1,4 +1,4 @@
-"""variants/elias.py: the index against loops in plain Python, and a small training."""
+"""variants/elias.py and edges.py: the index against loops in plain Python, and a small training."""
 
 import math
 
@@ -13,7 +13,7 @@ from plumbing.store import load_npz, load_pt, save_pt
 
 if not (ROOT / "variants").is_dir():
     pytest.skip("variants/ has been deleted", allow_module_level=True)
-from variants import common, elias
+from variants import common, edges, elias
 
 
 def made(run, b: int, seed: int = 0):
@@ -275,7 +275,7 @@ def test_a_cluster_keeps_its_own_labels_and_its_largest_counts():
     together_LC = rng.random((12, 3)) * (rng.random((12, 3)) < 0.6)
     tree_CF = rng.permutation(12).reshape(3, 4)
     tree_CF[1, 3] = -1
-    edge_CE, is_kept_L = elias.strongest_edges(csc_matrix(together_LC), tree_CF, 6)
+    edge_CE, is_kept_L = edges.strongest_edges(csc_matrix(together_LC), tree_CF, 6)
     kept = set()
     for c in range(3):
         row = [label for label in edge_CE[c].tolist() if label >= 0]
@@ -302,8 +302,8 @@ def test_edges_come_from_the_beams_of_the_training_documents(done):
             for label in labels:
                 together_LC[label, c] += s_C[c]
     tree_CF = model.slot_to_label.view(8, -1).numpy()
-    expected, is_kept_L = elias.strongest_edges(csc_matrix(together_LC), tree_CF, 8)
-    alone = model.find_edges(data, config)
+    expected, is_kept_L = edges.strongest_edges(csc_matrix(together_LC), tree_CF, 8)
+    alone = edges.find_edges(model, data, config)
     for row, found in zip(expected.tolist(), model.edge_CE.tolist(), strict=True):
         assert set(row) == set(found)
     assert alone == (~is_kept_L).sum()
@@ -315,8 +315,8 @@ def test_label_classifiers_start_at_their_frequency_below_their_cluster(done):
     model, data, _ = made(done, b=3)
     train = data.splits["train"]
     batch = data.batch("train", np.arange(len(train)), 32)
-    model.start_labels(train)
-    model.start_clusters(train)
+    edges.start_labels(model, train)
+    edges.start_clusters(model, train)
     rows = labels_of(batch)
     below = [{int(model.parent_L[label]) for label in labels} for labels in rows]
     for label in range(40):
@@ -368,16 +368,16 @@ def test_it_learns_and_is_loaded_as_it_was(tmp_path, done):
     np.testing.assert_allclose(again["scores"], arrays["scores"], rtol=1e-4)
 
 
-@pytest.mark.parametrize("edges", ["alike", "tree", "once"])
-def test_the_rivals_have_strengths_that_do_not_learn(tmp_path, done, edges):
+@pytest.mark.parametrize("which", ["alike", "tree", "once"])
+def test_the_rivals_have_strengths_that_do_not_learn(tmp_path, done, which):
     run = run_with(done, tmp_path, epochs=3)
-    elias.run(elias.Config(run=str(run), b=3, edges=edges, shuffle=True))
-    out = run / f"elias-{edges}-shuffle"
+    elias.run(elias.Config(run=str(run), b=3, edges=which, shuffle=True))
+    out = run / f"elias-{which}-shuffle"
     model, _, _ = stages.train.load(out, stages.data.load(out), elias.build)
     assert (model.theta_CE == 0).all()
     # The tree's edges, and only where edges are found others behind them.
     assert torch.equal(model.edge_CE[:, : model.slots], model.slot_to_label.view(8, -1))
-    assert (model.edge_CE[:, model.slots :] >= 0).any() == (edges == "alike")
+    assert (model.edge_CE[:, model.slots :] >= 0).any() == (which == "alike")
     # A random tree has the labels of the run's tree, elsewhere.
     slots = stages.tree.load(run).slot_to_label
     shuffled = model.slot_to_label.numpy()

@@ -56,7 +56,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from scipy.sparse import csc_matrix, csr_matrix
 from torch import Tensor, nn
 from torch.nn import functional
 
@@ -67,6 +66,7 @@ from plumbing.store import save_npz, save_pt
 from plumbing.training_log import logger
 from variants import common
 from variants.common import stages
+from variants.edges import find_edges, start_clusters, start_labels, strongest_holder
 
 NAME = "elias"
 EDGES = ("learned", "alike", "tree", "once")
@@ -167,6 +167,11 @@ class ELIAS(stages.model.Cascade):
         best_BL1 = none_BL1.scatter_reduce(1, label_BX, path_BX, "amax")
         return best_BL1[:, : self.n_labels]
 
+    @torch.no_grad()
+    def update_parents(self) -> None:
+        """parent_L: the cluster that holds each label most strongly."""
+        self.parent_L.copy_(strongest_holder(self.edge_CE, self.log_a(), self.n_labels))
+
     # Training.
 
     def loss(self, batch: stages.data.Batch) -> tuple[Tensor, Tensor]:
@@ -231,85 +236,6 @@ class ELIAS(stages.model.Cascade):
         labels_BK = labels_BK.where(log_p_BK > -torch.inf, -1)
         return stages.model.best_k(labels_BK, log_p_BK, k)
 
-    # From one stage to the next.
-
-    @torch.no_grad()
-    def start_labels(self, train: stages.data.Split) -> None:
-        """Label classifiers that know how frequent a label is below its cluster, and no more."""
-        count_L, count_C = self.frequencies(train)
-        within_L = count_C[self.parent_L]  # documents with a label below the same cluster
-        # Half a document more on both sides: no logarithm of 0.
-        odds_L = (count_L + 0.5) / (within_L - count_L + 0.5)
-        self.heads[1].weight.zero_()
-        self.heads[1].bias.copy_(odds_L.log()[:, None])
-
-    @torch.no_grad()
-    def start_clusters(self, train: stages.data.Split) -> None:
-        """Clusters as frequent as they are in training: a bias is a log share, for the softmax."""
-        _, count_C = self.frequencies(train)
-        self.heads[0].bias.copy_((count_C + 0.5).log()[None])
-
-    def frequencies(self, train: stages.data.Split) -> tuple[Tensor, Tensor]:
-        """Training documents with each label (L,), and with a label below each cluster (C,)."""
-        device = self.parent_L.device
-        label_P = torch.from_numpy(train.labels).long().to(device)
-        doc_P = np.repeat(np.arange(len(train)), np.diff(train.label_offsets))
-        n_clusters = self.counts[1]
-        # A document with several labels below a cluster counts once.
-        pair_P = torch.from_numpy(doc_P).to(device) * n_clusters + self.parent_L[label_P]
-        count_C = (pair_P.unique() % n_clusters).bincount(minlength=n_clusters)
-        return label_P.bincount(minlength=self.n_labels), count_C
-
-    @torch.no_grad()
-    def update_parents(self) -> None:
-        """parent_L: the cluster that holds each label most strongly; of equal ones the first."""
-        is_edge_CE = self.edge_CE >= 0
-        label_X = self.edge_CE[is_edge_CE]  # X edges
-        log_a_X = self.log_a()[is_edge_CE]
-        cluster_X = is_edge_CE.nonzero()[:, 0]
-        nothing_L = log_a_X.new_full((self.n_labels,), -torch.inf)
-        best_L = nothing_L.scatter_reduce(0, label_X, log_a_X, "amax")
-        is_best_X = log_a_X == best_L[label_X]
-        last_L = torch.full_like(self.parent_L, self.counts[1])
-        parent_L = last_L.scatter_reduce(0, label_X[is_best_X], cluster_X[is_best_X], "amin")
-        self.parent_L.copy_(parent_L)
-
-    @torch.no_grad()
-    def find_edges(self, data: stages.data.Data, config: stages.train.Config) -> int:
-        """New edges, from what the beams find for the training documents. Strengths start alike.
-
-        Gives how many labels with training documents have no place in any cluster by their counts:
-        they hang by the tree's edge alone.
-        """
-        # 1. The clusters in the beam of each training document, and how well they fit.
-        train = data.splits["train"]
-
-        def predict(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
-            log_s_BC = self.log_s(self.features(batch)[1])
-            beam_Bb = self.beam_of(log_s_BC, None)
-            s_Bb = log_s_BC.gather(1, beam_Bb).exp()
-            return {"clusters": beam_Bb.cpu().numpy(), "s": s_Bb.cpu().numpy()}
-
-        size = 2 * config.batch_size
-        found = stages.train.predict_split(
-            self, data, "train", config.max_len, size, predict, self.topk[0]
-        )
-        # 2. Y (N, L), S (N, C), and their product: how much of a cluster its labels' documents had.
-        n = len(train)
-        ones_P = np.ones(len(train.labels))
-        Y_NL = csr_matrix((ones_P, train.labels, train.label_offsets), (n, self.n_labels))
-        starts = np.arange(n + 1) * self.topk[0]
-        in_beam = (found["s"].ravel(), found["clusters"].ravel(), starts)
-        S_NC = csr_matrix(in_beam, (n, self.counts[1]))
-        together_LC = csc_matrix(Y_NL.T @ S_NC)
-        # 3. The strongest labels of each cluster.
-        tree_CF = self.slot_to_label.view(self.counts[1], -1).cpu().numpy()
-        edge_CE, is_kept_L = strongest_edges(together_LC, tree_CF, self.edge_CE.shape[1])
-        self.edge_CE.copy_(torch.from_numpy(edge_CE))
-        self.theta_CE.zero_()
-        has_documents_L = np.bincount(train.labels, minlength=self.n_labels) > 0
-        return int((has_documents_L & ~is_kept_L).sum())
-
 
 def cross_entropy(log_p_BK: Tensor, is_correct_BK: Tensor) -> Tensor:
     """-log p of correct candidates and -log(1 - p) of wrong ones, added up. No path: nothing."""
@@ -319,30 +245,6 @@ def cross_entropy(log_p_BK: Tensor, is_correct_BK: Tensor) -> Tensor:
     p_BK = log_p_BK.exp().clamp(max=1 - 1e-6)
     no_BK = torch.where(is_correct_BK, 0.0, torch.log1p(-p_BK))
     return -(yes_BK + no_BK).sum()
-
-
-def strongest_edges(
-    together_LC: csc_matrix, tree_CF: np.ndarray, n_edges: int
-) -> tuple[np.ndarray, np.ndarray]:
-    """(edges (C, E), -1 behind; which labels would have a place without the tree (L,) bool).
-
-    A cluster keeps the labels of the tree; the other places go to its largest entries.
-    """
-    n_labels, n_clusters = together_LC.shape
-    edge_CE = np.full((n_clusters, n_edges), -1, np.int64)
-    is_kept_L = np.zeros(n_labels, bool)
-    for c in range(n_clusters):
-        # 1. The labels of the column, the strongest first.
-        column = slice(together_LC.indptr[c], together_LC.indptr[c + 1])
-        by_strength = np.argsort(-together_LC.data[column], kind="stable")
-        labels = together_LC.indices[column][by_strength]
-        is_kept_L[labels[:n_edges]] = True
-        # 2. Those of the tree, and then the others.
-        own = tree_CF[c][tree_CF[c] >= 0]
-        others = labels[~np.isin(labels, own)]
-        row = np.append(own, others)[:n_edges]
-        edge_CE[c, : len(row)] = row
-    return edge_CE, is_kept_L
 
 
 def build(
@@ -376,8 +278,8 @@ def first_stage(
     """Encoder, clusters and labels, with the tree's edges."""
     # 1. The cascade's start: biases that know frequencies and, with a pretrained encoder, centred
     #    features and heads that learn first.
-    model.start_clusters(data.splits["train"])
-    model.start_labels(data.splits["train"])
+    start_clusters(model, data.splits["train"])
+    start_labels(model, data.splits["train"])
     if config.head_epochs:
         encoded = stages.train.encode(model, data, config, stages.train.never)
         stages.train.center(model, encoded.encoded["train"])
@@ -396,7 +298,7 @@ def second_stage(
 ) -> None:
     """The edges, and label classifiers from the beginning."""
     if edges != "tree":
-        n_alone = model.find_edges(data, config)
+        n_alone = find_edges(model, data, config)
         n_edges = int((model.edge_CE >= 0).sum())
         print(
             f"{n_edges:,} edges, {n_edges / model.n_labels:.1f} a label; {n_alone:,} labels with "
@@ -406,7 +308,7 @@ def second_stage(
     # Strengths that do not learn stay alike: of the tree's edges 1, of others BETA / FAN.
     model.theta_CE.requires_grad_(edges == "learned")
     model.update_parents()
-    model.start_labels(data.splits["train"])
+    start_labels(model, data.splits["train"])
     model.is_slow = True
     stages.train.fit(model, Batches(model, data, config), config, log)
 
