@@ -254,7 +254,11 @@ def build(
     # The encoder as the cascade makes it. The rest of that cascade is not used.
     cascade = stages.model.build(data, tree, replace(config, layers=""), encoder)
     dropout = stages.model.rates(config.dropout, 2)
-    return ELIAS(cascade.encoder, tree, int_list(config.topk, "--topk"), dropout)
+    model = ELIAS(cascade.encoder, tree, int_list(config.topk, "--topk"), dropout)
+    if config.label_bf16:
+        label_weight = model.heads[1].weight
+        label_weight.data = label_weight.data.bfloat16()
+    return model
 
 
 # 2. Training, in two stages.
@@ -305,7 +309,7 @@ def second_stage(
             "training documents hang by the tree's edge alone",
             flush=True,
         )
-    # Strengths that do not learn stay alike: of the tree's edges 1, of others BETA / FAN.
+    # Strengths that do not learn stay alike: 1 of the tree's edges, less where there are more.
     model.theta_CE.requires_grad_(edges == "learned")
     model.update_parents()
     start_labels(model, data.splits["train"])
@@ -323,7 +327,7 @@ def train(
     # Two fifths of the passes for stage 1.
     passes = config.epochs if edges == "once" else round(0.4 * config.epochs)
     if passes < 1 or edges != "once" and passes == config.epochs:
-        raise UserError(f"{config.epochs} epochs are too few; train the cascade with 3 or more")
+        raise UserError(f"{config.epochs} epochs are too few; train the cascade with 2 or more")
     start = time.perf_counter()
     for stage, epochs in ((1, passes), (2, config.epochs - passes)):
         if not epochs:
