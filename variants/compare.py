@@ -52,6 +52,7 @@ from tools.compare import COLUMNS as ADDED
 from tools.compare import bootstrap, contributions, load_predictions
 from variants import (
     alc,
+    elias,
     gandalf,
     inception_xml,
     light_xml,
@@ -106,6 +107,7 @@ SYSTEMS = {
     "LightXML": System(light_xml.NAME, trains(light_xml), light_xml.build),
     "SyncXML": short_text("sync_xml"),
     "InceptionXML": short_text("inception_xml"),
+    "ELIAS": System(elias.NAME, trains(elias), elias.build),
     "Gandalf": System(gandalf.NAME, trains(gandalf), needs_texts=True),
     "UniDEC": System(unidec.NAME, trains(unidec), unidec.build, needs_texts=True),
     "ALC, reconstructed": System(ALC, trains(alc), alc.build, needs_texts=True),
