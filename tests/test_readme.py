@@ -213,7 +213,8 @@ def test_the_pages_name_only_flags_that_exist():
     scripts = [
         path for folder in ("bench", "data", "tools") for path in ROOT.glob(f"{folder}/*.py")
     ]
-    for script in (*scripts, ROOT / "tests" / "kills.py"):
+    tries = [ROOT / "tests" / name for name in ("kills.py", "soak.py", "stops.py")]
+    for script in (*scripts, *tries):
         known |= set(re.findall(r'add_argument\(\s*"(--[a-z-]+)"', script.read_text()))
     # Settings of the variants, and of the examples for forks.
     for path in (*(ROOT / "variants").glob("*.py"), ROOT / "docs" / "forking.md"):
