@@ -407,7 +407,7 @@ def test_chosen_systems_come_in_order_with_what_they_need():
         "XR-Transformer + ranker",
     ]
     assert compare.chosen("ranker") == ["cascade", "cascade + ranker"]
-    for unknown in ("elias", "", "one_vs_all,"):
+    for unknown in ("astec", "", "one_vs_all,"):
         with pytest.raises(UserError, match="choose from ranker, xr_transformer"):
             compare.chosen(unknown)
 
