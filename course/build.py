@@ -5,8 +5,9 @@
     python -m course.build lecture lab0_toy         some of them
     python -m course.build --no-run                 labs without what their cells print
 
-Reads    course/*.md, course/lab*.py, course/pictures/; for labs 1 to 4 runs/course, which the
-         commands in course/README.md make
+Reads    course/*.md, course/lab*.py, course/pictures/; the run folder of a lab, runs/course or
+         runs/pretrained, which the commands at its top make. Without it, the page shows the lab
+         without what its cells print
 Writes   course/html/index.html, lecture.html, lab0_toy.html, ..., slides.html
 
 A page is one file, with its pictures in it, for a computer and for a phone. jupytext reads a lab
@@ -186,6 +187,12 @@ def run_lab(notebook: "NotebookNode", lab: int, constants: dict) -> None:  # noq
             cell.outputs = [one for one in cell.outputs if one.get("name") != "stderr"]
 
 
+def has_run(path: Path) -> bool:
+    """Whether the run folder of a lab is there. Lab 0 needs none."""
+    run = getattr(check.read(path), "RUN", None)
+    return run is None or (ROOT / run / "data.npz").exists()
+
+
 def lab_page(path: Path, pages: list[str], run: bool, constants: dict | None = None) -> str:
     """The HTML of a lab."""
     from pygments import highlight
@@ -283,8 +290,13 @@ def main(words: list[str]) -> int:
         return 2
     for name in args.pages or names:
         start = time.perf_counter()
+        path = sources()[name]
+        runs = not args.no_run
+        if runs and path.suffix == ".py" and not has_run(path):
+            print(f"{name}: its run folder is missing, so its cells do not run")
+            runs = False
         try:
-            file = build(name, run=not args.no_run)
+            file = build(name, runs)
         except UserError as error:
             print(f"build.py: {error}", file=sys.stderr)
             return 2

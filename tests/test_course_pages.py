@@ -90,6 +90,15 @@ def test_a_lab_whose_run_is_missing_says_so(out, tmp_path, capsys):
         build.build("lab1_metrics", constants={"RUN": str(tmp_path / "none")})
 
 
+def test_a_lab_without_its_run_folder_is_shown_without_output(out, monkeypatch, capsys):
+    monkeypatch.setattr(build, "ROOT", out.parent)  # no runs/ in there
+    assert build.main(["lab2_tree"]) == 0
+    assert "lab2_tree: its run folder is missing" in capsys.readouterr().out
+    page = (out / "lab2_tree.html").read_text()
+    assert "NotImplementedError" in page and 'class="output"' not in page
+    assert build.has_run(build.sources()["lab0_toy"])
+
+
 def test_packages_that_are_missing_and_pages_that_are_not_there(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         build.main(["lab9"])
