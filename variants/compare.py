@@ -25,11 +25,14 @@ middle 95% of a system minus the cascade. This is about which documents are in t
 seed of training does is the standard deviation.
 
 Costs. Scored: labels scored for a document at most. Training time: the steps as the logs have them,
-without validation; of XR-Transformer also what it finds between the stages; of a ranker its model's
-and its own. Documents per second: measured when a system is added, in turn with the cascade, and
-"x" is how many times as fast as the cascade it was then. Parameters: those that prediction needs
-here, in millions; of XR-Transformer an encoder for each stage (its authors keep the last), of a
-ranker the weights that are left. All but XR-Transformer keep the epoch that is best on validation.
+without validation; of XR-Transformer and ELIAS also what they find and measure between the stages;
+of a ranker its model's and its own. Documents per second: measured when a system is added, in turn
+with the cascade, and "x" is how many times as fast as the cascade it was then. Parameters: those
+that prediction needs here, in millions; of XR-Transformer an encoder for each stage (its authors
+keep the last), of a ranker the weights that are left.
+
+What stage 4 trains keeps the epoch that is best on validation. XR-Transformer, ELIAS, UniDEC and ALC
+keep their last one.
 
 Shapes   N documents, L labels, k labels predicted, Q metrics
 """

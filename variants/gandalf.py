@@ -17,8 +17,10 @@ many as labels with a text, so a pass takes longer. Passes, rates and tree are t
 of labels without a training document are left out: nobody has chosen their place in the tree.
 
 Deviation from the authors: targets of stage 4 are 0 or 1. So each target m is drawn once, with the
-probability p(m | l). The loss is linear in its targets, so over many labels its mean is that of
-soft targets. The text of a label with a single document gets all of this document's labels.
+probability p(m | l). The loss of a label is linear in its target, so over many labels its mean is
+that of soft targets. A cluster is correct if any label below it was drawn, and clusters that are
+correct stand first in the shortlist: in this they are not the same. The text of a label with a
+single document gets all of this document's labels.
 
 Shapes   N documents, L labels
 """
