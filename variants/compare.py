@@ -31,8 +31,8 @@ with the cascade, and "x" is how many times as fast as the cascade it was then. 
 that prediction needs here, in millions; of XR-Transformer an encoder for each stage (its authors
 keep the last), of a ranker the weights that are left.
 
-What stage 4 trains keeps the epoch that is best on validation. XR-Transformer, ELIAS, UniDEC and ALC
-keep their last one.
+What stage 4 trains keeps the epoch that is best on validation. XR-Transformer, ELIAS, UniDEC and
+ALC keep their last one.
 
 Shapes   N documents, L labels, k labels predicted, Q metrics
 """
