@@ -47,10 +47,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plumbing.cli import flag, main, natural, positive, settings
+from plumbing.cli import flag, main, natural, positive
 from plumbing.errors import UserError
-from plumbing.ownership import owned
-from plumbing.store import save_pt
 from tools import report
 from variants import common, unidec
 from variants.common import stages
@@ -322,31 +320,19 @@ def difference(base: dict, other: dict, target: float, seed: int = 0) -> np.ndar
 
 def folder_name(config: Config) -> str:
     """RUN/alc-TCM-BETA, and what is not the default."""
-    parts = [NAME, f"{config.tcm:g}", f"{config.beta:g}"]
-    if config.random:
-        parts.append("random")
-    default = Config()
-    for key in ("pool", "refresh"):
-        value = getattr(config, key)
-        if value != getattr(default, key):
-            parts.append(f"{key}{value}")
-    return "-".join(parts)
+    name = f"{NAME}-{config.tcm:g}-{config.beta:g}"
+    return common.name_with(name, config, "random", "pool", "refresh")
 
 
+@common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
     for key in ("tcm", "beta"):
         weight = getattr(config, key)
         if not 0 <= weight < np.inf:
             raise UserError(f"--{key} {weight}: expected a weight, 0 or more")
     out = common.folder(config.run, folder_name(config), "data.npz", "tree.npz")
-    with owned(out):
-        run_in(out, config)
-
-
-def run_in(out: Path, config: Config) -> None:
-    """Train and test in the folder `out`."""
-    # 1. The log would be appended to, so an old one has to go.
-    (out / "log.jsonl").unlink(missing_ok=True)
+    # 1. What an interrupted training has left has to go.
+    common.clear(out)
     # 2. Train as UniDEC is trained, and write model.pt.
     train_config = common.cascade_settings(config.run, out)
     data = stages.data.load(out)
@@ -356,15 +342,7 @@ def run_in(out: Path, config: Config) -> None:
     model.beta = config.beta
     model.random = config.random
     model, seconds = unidec.train(out, model, train_config, config.pool, config.refresh)
-    content = {
-        "config": settings(train_config),
-        "encoder": model.encoder.description(),
-        "ranking": model.ranking,
-        "model": model.state_dict(),
-        "cascade": type(model).__name__,  # the class that reads it
-    }
-    made_from = ("data.npz", "tree.npz")
-    save_pt(out / "model.pt", train_config, content, made_from, stage=f"variants/{NAME}.py")
+    common.save_model(out, model, train_config, model.ranking, NAME)
     # 3. Predict, and ask how many documents are answered.
     common.test(out, model, train_config, NAME, seconds)
     found = load(out)

@@ -8,16 +8,18 @@ and light_xml, so the other tools read these, too.
 Shapes   N documents, L labels, k labels predicted
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from plumbing.cli import flag
+from plumbing.cli import flag, int_list, settings
+from plumbing.errors import UserError
 from plumbing.ownership import owned
 from plumbing.stages import load_stages
-from plumbing.store import link, load_npz, load_pt, save_npz
+from plumbing.store import link, load_npz, load_pt, save_npz, save_pt
 
 stages = load_stages()
 
@@ -28,6 +30,40 @@ class Config:
 
 
 # 1. The run folder of a variant, and its settings.
+
+
+def owns_its_folder(folder_name: Callable[[Config], str]) -> Callable:
+    """Decorates run(config) of a variant: it runs as the only one in RUN/folder_name(config)."""
+
+    def decorate(run: Callable) -> Callable:
+        @functools.wraps(run)
+        def run_alone(config: Config) -> None:
+            with owned(Path(config.run) / folder_name(config)):
+                run(config)
+
+        return run_alone
+
+    return decorate
+
+
+def name_with(name: str, config: Config, *keys: str) -> str:
+    """The name of a folder: `name`, and those settings of `keys` that are not the default.
+
+    A flag that is on is called by its name, a word stands for itself, a number behind its name.
+    """
+    default = type(config)()
+    parts = [name]
+    for key in keys:
+        value = getattr(config, key)
+        if value == getattr(default, key):
+            continue
+        if isinstance(value, bool):
+            parts.append(key)
+        elif isinstance(value, str):
+            parts.append(value)
+        else:
+            parts.append(f"{key}{value:g}")
+    return "-".join(parts)
 
 
 def folder(run: str, name: str, *files: str) -> Path:
@@ -53,31 +89,54 @@ def cascade_settings(run: str, out: Path, **changes) -> stages.train.Config:
     return stages.train.Config(run=str(out), **values)
 
 
-# 2. Variants that are a cascade on another tree: stages 4 and 5 do the work.
+def clear(out: Path) -> None:
+    """A variant that was interrupted starts over: its log would go on, its checkpoints are old."""
+    for path in (*out.glob("checkpoint*.pt"), out / "log.jsonl"):
+        path.unlink(missing_ok=True)
+
+
+# 2. Trees with fewer levels. Where stages 4 and 5 know the model, they do the work.
+
+
+def tree_with_clusters(run: str) -> stages.tree.Tree:
+    """The tree of the cascade in RUN. UserError where it has no cluster level."""
+    tree = stages.tree.load(run)
+    if not tree.levels:
+        raise UserError(
+            f"{run}/tree.npz has no cluster level, and this system needs one; run: "
+            f"python 02_label_tree.py --run {run} with --levels, and train the cascade on this tree"
+        )
+    return tree
+
+
+def finest(levels: list[int]) -> list[int]:
+    """Of the tree's cluster levels only the last, right above the labels."""
+    return levels[-1:]
+
+
+def none(levels: list[int]) -> list[int]:
+    """Of the tree's cluster levels none: the labels are the children of the root."""
+    return []
+
+
+def save_tree(out: Path, slots: np.ndarray, levels: list[int]) -> None:
+    """Write tree.npz: which label stands in each slot (-1: none), and the cluster levels."""
+    levels_flag = ",".join(str(n) for n in levels)
+    config = stages.tree.Config(run=str(out), levels=levels_flag)
+    arrays = {"slot_to_label": slots, "levels": np.array(levels, np.int64)}
+    save_npz(out / "tree.npz", config, arrays, made_from=("data.npz",))
 
 
 def train_on_tree(
     run: str, name: str, levels: Callable[[list[int]], list[int]], build: Callable, **changes
 ) -> None:
     """Stages 4 and 5 in RUN/NAME, with the model of `build` on some levels of the tree."""
-    # A run folder with the data of the cascade.
+    # 1. A run folder with the data of the cascade, and what the cascade was trained with.
+    tree = tree_with_clusters(run)
     out = folder(run, name, "data.npz")
-    with owned(out):
-        train_in(out, run, levels, build, **changes)
-
-
-def train_in(
-    out: Path, run: str, levels: Callable[[list[int]], list[int]], build: Callable, **changes
-) -> None:
-    """train_on_tree, in the folder `out`."""
-    # 1. What the cascade was trained with.
     config = cascade_settings(run, out, **changes)
-    tree = stages.tree.load(run)
     stages.data.load(out)
-    # A variant that was interrupted starts over. Its old checkpoints may be of another tree.
-    for path in out.glob("checkpoint*.pt"):
-        path.unlink()
-
+    clear(out)
     # 2. A tree with fewer levels. The labels keep their order, so clusters that are kept hold the
     #    same labels as before.
     kept = levels(tree.levels)
@@ -86,17 +145,56 @@ def train_in(
     # nothing to fill up.
     if tree.levels[-1] not in kept:
         slots = slots[slots >= 0]
-    levels_flag = ",".join(str(n) for n in kept)
-    tree_config = stages.tree.Config(run=str(out), levels=levels_flag)
-    arrays = {"slot_to_label": slots, "levels": np.array(kept, np.int64)}
-    save_npz(out / "tree.npz", tree_config, arrays, made_from=("data.npz",))
-
+    save_tree(out, slots, kept)
     # 3. Train and test it as any other run.
     stages.train.run(config, build)
     stages.eval.run(stages.eval.Config(run=str(out)), build)
 
 
-# 3. Predictions of variants that stage 5 does not know.
+# 3. Models of variants that stage 4 does not train.
+
+
+def build_on_last_layer(
+    model_type: type[stages.model.Cascade],
+    data: stages.data.Data,
+    tree: stages.tree.Tree,
+    config: stages.train.Config,
+    encoder: stages.model.Encoder | None = None,
+) -> stages.model.Cascade:
+    """A model like the cascade, all levels of which read the last layer."""
+    # The encoder as the cascade makes it. The rest of that cascade is not used.
+    cascade = stages.model.build(data, tree, replace(config, layers=""), encoder)
+    n_levels = len(tree.levels) + 1
+    layers = [[cascade.encoder.depth]] * n_levels
+    topk = int_list(config.topk, "--topk")
+    dropout = stages.model.rates(config.dropout, n_levels)
+    model = model_type(cascade.encoder, tree, topk, layers, dropout=dropout)
+    if config.label_bf16:
+        label_weight = model.heads[-1].weight
+        label_weight.data = label_weight.data.bfloat16()
+    return model
+
+
+def save_model(out: Path, model, config: stages.train.Config, ranking: str, name: str) -> None:
+    """Write model.pt, from which stages.train.load makes the model again.
+
+    In the format of stage 4: "config" (the settings), "encoder" (its description), "ranking" (what
+    predict() ranks by), "model" ({name: tensor}, the weights in the shapes of the model), "cascade"
+    (the name of the class). data.npz and tree.npz of `out` must have been loaded: they are on
+    record. `name`: the file in variants/. UserError where the disk is full.
+    """
+    content = {
+        "config": settings(config),
+        "encoder": model.encoder.description(),
+        "ranking": ranking,
+        "model": model.state_dict(),
+        "cascade": type(model).__name__,
+    }
+    made_from = ("data.npz", "tree.npz")
+    save_pt(out / "model.pt", config, content, made_from, stage=f"variants/{name}.py")
+
+
+# 4. Predictions of variants that stage 5 does not know.
 
 
 def test(

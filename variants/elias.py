@@ -59,10 +59,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plumbing.cli import flag, int_list, main, positive, settings
+from plumbing.cli import flag, main, positive
 from plumbing.errors import UserError
-from plumbing.ownership import owned
-from plumbing.store import save_npz, save_pt
 from plumbing.training_log import logger
 from variants import common
 from variants.common import stages
@@ -96,20 +94,13 @@ class Config(common.Config):
 class ELIAS(stages.model.Cascade):
     """A cascade with one cluster level, whose clusters hold labels by edges with strengths."""
 
-    def __init__(
-        self,
-        encoder: stages.model.Encoder,
-        tree: stages.tree.Tree,
-        topk: list[int],
-        dropout: list[float] | None = None,
-    ) -> None:
-        layers = [[encoder.depth]] * 2  # clusters and labels read the last layer
-        super().__init__(encoder, tree, topk, layers, dropout=dropout)
+    def __init__(self, *arguments, **more) -> None:
+        super().__init__(*arguments, **more)
         n_clusters = self.counts[1]
         self.n_labels = len(self.label_to_slot)
-        self.scored = min(topk[0] * self.slots, self.n_labels)  # K
+        self.scored = min(self.topk[0] * self.slots, self.n_labels)  # K
         # The classifier of the labels: row l is label l, whatever cluster holds it.
-        self.heads[1] = stages.model.Head(self.n_labels, 1, encoder.width, sparse=True)
+        self.heads[1] = stages.model.Head(self.n_labels, 1, self.encoder.width, sparse=True)
         # The edges: labels of each cluster, -1 where it has fewer. First those of the tree.
         tree_CF = self.slot_to_label.view(n_clusters, self.slots)
         n_edges = max(self.slots, min(FAN * self.slots, self.n_labels))
@@ -251,14 +242,7 @@ def build(
     data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, encoder=None
 ) -> ELIAS:
     """What stages.train.load needs. `tree` has one level."""
-    # The encoder as the cascade makes it. The rest of that cascade is not used.
-    cascade = stages.model.build(data, tree, replace(config, layers=""), encoder)
-    dropout = stages.model.rates(config.dropout, 2)
-    model = ELIAS(cascade.encoder, tree, int_list(config.topk, "--topk"), dropout)
-    if config.label_bf16:
-        label_weight = model.heads[1].weight
-        label_weight.data = label_weight.data.bfloat16()
-    return model
+    return common.build_on_last_layer(ELIAS, data, tree, config, encoder)
 
 
 # 2. Training, in two stages.
@@ -378,37 +362,21 @@ def print_recall(
 # 3. From the command line to a trained model.
 
 
-def name_of(config: Config) -> str:
-    """The folder: NAME, and what differs from the default."""
-    parts = [NAME]
-    if config.edges != "learned":
-        parts.append(config.edges)
-    if config.pull != Config.pull:
-        parts.append(f"pull{config.pull:g}")
-    if config.shuffle:
-        parts.append("shuffle")
-    return "-".join(parts)
+def folder_name(config: Config) -> str:
+    return common.name_with(NAME, config, "edges", "pull", "shuffle")
 
 
+@common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
     if config.edges not in EDGES:
         raise UserError(f"--edges {config.edges}: expected one of {', '.join(EDGES)}")
     if not 0 <= config.pull < float("inf"):
         raise UserError(f"--pull {config.pull}: expected a number from 0 on")
-    out = common.folder(config.run, name_of(config), "data.npz")
-    with owned(out):
-        run_in(out, config)
-
-
-def run_in(out: Path, config: Config) -> None:
-    """Train and test ELIAS in the folder `out`."""
-    # 1. The log would be appended to, so an old one has to go.
-    (out / "log.jsonl").unlink(missing_ok=True)
+    # 1. Of the run's tree only the first level; or labels in random clusters of the same size.
+    tree = common.tree_with_clusters(config.run)
+    out = common.folder(config.run, folder_name(config), "data.npz")
+    common.clear(out)
     data = stages.data.load(out)
-    # 2. Of the run's tree only the first level; or labels in random clusters of the same size.
-    tree = stages.tree.load(config.run)
-    if not tree.levels:
-        raise UserError(f"{config.run}/tree.npz has no cluster level; ELIAS needs one")
     n_clusters = tree.levels[0]
     b = min(config.b, n_clusters)
     train_config = common.cascade_settings(config.run, out, topk=str(b), layers="", dropout="")
@@ -416,21 +384,11 @@ def run_in(out: Path, config: Config) -> None:
     if config.shuffle:
         is_label = slots >= 0
         slots[is_label] = np.random.default_rng(train_config.seed).permutation(slots[is_label])
-    tree_config = stages.tree.Config(run=str(out), levels=str(n_clusters))
-    arrays = {"slot_to_label": slots, "levels": np.array([n_clusters], np.int64)}
-    save_npz(out / "tree.npz", tree_config, arrays, made_from=("data.npz",))
-    # 3. Train, and write model.pt in the format of stage 4.
+    common.save_tree(out, slots, [n_clusters])
+    # 2. Train, and write model.pt.
     model, seconds = train(out, data, train_config, config.edges, config.pull)
-    content = {
-        "config": settings(train_config),
-        "encoder": model.encoder.description(),
-        "ranking": NAME,
-        "cascade": type(model).__name__,
-        "model": model.state_dict(),
-    }
-    made_from = ("data.npz", "tree.npz")
-    save_pt(out / "model.pt", train_config, content, made_from, stage=f"variants/{NAME}.py")
-    # 4. Predict the validation and test splits, and look at what was learned.
+    common.save_model(out, model, train_config, NAME, NAME)
+    # 3. Predict the validation and test splits, and look at what was learned.
     common.test(out, model, train_config, NAME, seconds)
     print_recall(model, data, train_config, "test")
     model.update_parents()

@@ -26,13 +26,11 @@ Shapes   N documents, L labels
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 from scipy.sparse import csr_matrix, eye_array
 
 from plumbing.cli import flag, main
-from plumbing.ownership import owned
 from variants import common
 from variants.common import stages
 
@@ -114,19 +112,15 @@ def joined(first: np.ndarray, second: np.ndarray) -> np.ndarray:
 # 3. Training and testing.
 
 
+def folder_name(config: Config) -> str:
+    return common.name_with(NAME, config, "alone")
+
+
+@common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
-    name = f"{NAME}-alone" if config.alone else NAME
-    out = common.folder(config.run, name, "data.npz", "tree.npz")
-    with owned(out):
-        train_in(out, config)
-
-
-def train_in(out: Path, config: Config) -> None:
-    """Train and test in the folder `out`."""
+    out = common.folder(config.run, folder_name(config), "data.npz", "tree.npz")
     settings = common.cascade_settings(config.run, out)
-    # A variant that was interrupted starts over.
-    for path in out.glob("checkpoint*.pt"):
-        path.unlink()
+    common.clear(out)
     data = stages.data.load(out)
     tree = stages.tree.load(out)
     more = grown(data, settings.seed, config.alone)

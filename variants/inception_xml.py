@@ -48,7 +48,7 @@ from plumbing.cli import flag, main
 from plumbing.errors import UserError
 from plumbing.store import load_pt
 from variants import common
-from variants.common import stages, train_on_tree
+from variants.common import finest, none, stages, train_on_tree
 
 W = 32
 E = 300
@@ -252,16 +252,6 @@ def build(trunk: type[nn.Module], data, tree, config, encoder=None) -> Short:
     return model
 
 
-def finest(levels: list[int]) -> list[int]:
-    """Of the tree's cluster levels only the last, right above the labels."""
-    return levels[-1:]
-
-
-def none(levels: list[int]) -> list[int]:
-    """Of the tree's cluster levels none: the labels are the children of the root."""
-    return []
-
-
 # Folder in RUN: (trunk, cluster levels of the tree).
 SYSTEMS = {
     "sync_xml": (Inception, finest),
@@ -280,6 +270,11 @@ def builder(system: str):
 # 3. From the command line.
 
 
+def folder_name(config: Config) -> str:
+    return config.system
+
+
+@common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
     if config.system not in SYSTEMS:
         raise UserError(f"--system {config.system}: expected one of {', '.join(SYSTEMS)}")

@@ -17,14 +17,12 @@ Shapes   N documents, B documents of a batch, L labels, V word pieces, k labels 
 """
 
 import time
-from pathlib import Path
 
 import numpy as np
 
 from plumbing.cli import main
 from plumbing.errors import UserError
 from plumbing.known_labels import most_known, without_known
-from plumbing.ownership import owned
 from variants import common
 from variants.common import Config, stages
 from variants.unidec import has_texts
@@ -61,14 +59,13 @@ def own_label_first(data: stages.data.Data, labels_NM: np.ndarray) -> tuple[int,
     return int(is_known_N.sum()), int(has_known_N.sum())
 
 
+def folder_name(config: Config) -> str:
+    return NAME
+
+
+@common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
     out = common.folder(config.run, NAME, "data.npz")
-    with owned(out):
-        run_in(out)
-
-
-def run_in(out: Path) -> None:
-    """Predict in the folder `out`."""
     data = stages.data.load(out)
     if not has_texts(data):
         raise UserError(

@@ -25,7 +25,8 @@ from pathlib import Path
 
 from plumbing.cli import main
 from plumbing.store import load_pt
-from variants.common import Config, stages, train_on_tree
+from variants import common
+from variants.common import Config, finest, stages, train_on_tree
 
 NAME = "light_xml"
 
@@ -49,11 +50,11 @@ def build(
     return model
 
 
-def finest(levels: list[int]) -> list[int]:
-    """Of the tree's cluster levels only the last, right above the labels."""
-    return levels[-1:]
+def folder_name(config: Config) -> str:
+    return NAME
 
 
+@common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
     # 1. The last hidden state that the cascade reads: "7+8,10,12" gives 12.
     content, _ = load_pt(Path(config.run) / "model.pt")

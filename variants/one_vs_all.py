@@ -23,7 +23,8 @@ Shapes   B documents of a batch, L labels, D width
 """
 
 from plumbing.cli import main
-from variants.common import Config, stages, train_on_tree
+from variants import common
+from variants.common import Config, none, stages, train_on_tree
 
 NAME = "one_vs_all"
 
@@ -38,11 +39,11 @@ def build(
     return model
 
 
-def none(levels: list[int]) -> list[int]:
-    """Of the tree's cluster levels none: the labels are the children of the root."""
-    return []
+def folder_name(config: Config) -> str:
+    return NAME
 
 
+@common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
     # Empty settings are chosen anew: the cascade's have an entry for each of its cluster levels.
     train_on_tree(config.run, NAME, none, build, topk="", layers="", dropout="")

@@ -131,10 +131,12 @@ def look(
 
     model.features = remember
     size = 2 * settings.batch_size
-    found = stages.train.predict_split(
-        model, data, split, settings.max_len, size, predict, config.k
-    )
-    model.features = features
+    try:
+        found = stages.train.predict_split(
+            model, data, split, settings.max_len, size, predict, config.k
+        )
+    finally:
+        model.features = features
 
     # 2. The words: all that stage 1 kept, also those that the model does not read.
     X_NV, idf_V = stages.tree.tfidf(data.splits[split], idf_V, data.meta["vocab_size"])
@@ -330,25 +332,22 @@ def load(folder: Path) -> tuple[Callable, int]:
 
 def folder_name(config: Config) -> str:
     """The folder of a ranker: every choice that is not the usual one has a folder of its own."""
-    name = "ranker" if config.features == "both" else f"ranker-{config.features}"
+    name = common.name_with("ranker", config, "features")
     if config.power is not None:
         name += f"-power-{config.power:g}"
     return name
 
 
+@common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
     if config.features not in ("both", "sparse", "dense"):
         raise UserError(f"--features {config.features}: expected both, sparse or dense")
+    common.tree_with_clusters(config.run)  # the ranker goes through the labels of its clusters
     # 1. The trained model, its data and its tree.
     out = common.folder(config.run, folder_name(config), "data.npz", "tree.npz", "model.pt")
     data = stages.data.load(out)
     tree = stages.tree.load(out)
     model, settings, ranking = load_model(out)
-    if not tree.levels:
-        raise UserError(
-            f"{config.run} has a tree without clusters; the ranker needs some, to go through "
-            "their labels"
-        )
     # 2. The shortlists of training documents, then an SVM for each label.
     start = time.perf_counter()
     seen = look(model, data, "train", settings, ranking, config)

@@ -50,10 +50,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from plumbing.cli import flag, main, natural, positive, settings
+from plumbing.cli import flag, main, natural, positive
 from plumbing.errors import UserError
-from plumbing.ownership import owned
-from plumbing.store import save_pt
 from plumbing.training_log import logger
 from variants import common
 from variants.common import stages
@@ -358,43 +356,23 @@ def train(
 
 
 def folder_name(config: Config) -> str:
-    """RUN/unidec, and what is not the default."""
-    default = Config()
-    parts = [NAME]
-    for key in ("loss", "pool", "refresh"):
-        value = getattr(config, key)
-        if value != getattr(default, key):
-            parts.append(value if key == "loss" else f"{key}{value}")
-    return "-".join(parts)
+    return common.name_with(NAME, config, "loss", "pool", "refresh")
 
 
+@common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
     if config.loss not in LOSSES:
         raise UserError(f"--loss {config.loss}: expected one of {', '.join(LOSSES)}")
     out = common.folder(config.run, folder_name(config), "data.npz", "tree.npz")
-    with owned(out):
-        run_in(out, config)
-
-
-def run_in(out: Path, config: Config) -> None:
-    """Train and test in the folder `out`."""
-    # 1. The log would be appended to, so an old one has to go.
-    (out / "log.jsonl").unlink(missing_ok=True)
-    # 2. Train, with the cascade's settings, and write model.pt in the format of stage 4.
+    # 1. What an interrupted training has left has to go.
+    common.clear(out)
+    # 2. Train, with the cascade's settings, and write model.pt.
     train_config = common.cascade_settings(config.run, out)
     data = stages.data.load(out)
     tree = stages.tree.load(out)
     model = build(data, tree, train_config, loss=config.loss)
     model, seconds = train(out, model, train_config, config.pool, config.refresh)
-    content = {
-        "config": settings(train_config),
-        "encoder": model.encoder.description(),
-        "ranking": "both",
-        "model": model.state_dict(),
-        "cascade": type(model).__name__,  # the class that reads it
-    }
-    made_from = ("data.npz", "tree.npz")
-    save_pt(out / "model.pt", train_config, content, made_from, stage=f"variants/{NAME}.py")
+    common.save_model(out, model, train_config, "both", NAME)
     # 3. Predict the validation and test splits with both halves, and with each by itself.
     for ranking in model.rankings:
         model.ranking = ranking

@@ -41,10 +41,8 @@ import torch
 from scipy.sparse import csr_matrix
 from torch import Tensor, nn
 
-from plumbing.cli import flag, int_list, main, positive, settings
+from plumbing.cli import flag, main, positive
 from plumbing.errors import UserError
-from plumbing.ownership import owned
-from plumbing.store import save_pt
 from plumbing.training_log import logger
 from variants import common
 from variants.common import stages
@@ -71,22 +69,14 @@ class XRTransformer(stages.model.Cascade):
     `earlier` are the encoders of the levels above the last, as they were when their stage was over.
     """
 
-    def __init__(
-        self,
-        encoder: stages.model.Encoder,
-        tree: stages.tree.Tree,
-        topk: list[int],
-        dropout: list[float] | None = None,
-    ) -> None:
-        n_levels = len(topk) + 1
-        layers = [[encoder.depth]] * n_levels  # every level reads the last layer
-        super().__init__(encoder, tree, topk, layers, dropout=dropout)
+    def __init__(self, *arguments, **more) -> None:
+        super().__init__(*arguments, **more)
         # A model that was loaded is ready to predict: its stage is the last.
-        self.stage = n_levels - 1
+        self.stage = len(self.topk)
         # A place for the encoder of every level above the labels, filled when its stage is over.
         self.earlier = nn.ModuleList()
-        for _ in topk:
-            not_trained = copy.deepcopy(encoder).requires_grad_(False)
+        for _ in self.topk:
+            not_trained = copy.deepcopy(self.encoder).requires_grad_(False)
             self.earlier.append(not_trained)
         # Nearly all nodes are wrong for a document, and -1 is the score asked of them.
         for head in self.heads:
@@ -267,16 +257,7 @@ def build(
     data: stages.data.Data, tree: stages.tree.Tree, config: stages.train.Config, encoder=None
 ) -> XRTransformer:
     """What stages.train.load needs."""
-    # The encoder as the cascade makes it. The rest of that cascade is not used.
-    cascade = stages.model.build(data, tree, replace(config, layers=""), encoder)
-    encoder = cascade.encoder
-    dropout = stages.model.rates(config.dropout, len(tree.levels) + 1)
-    topk = int_list(config.topk, "--topk")
-    model = XRTransformer(encoder, tree, topk, dropout)
-    if config.label_bf16:
-        label_weight = model.heads[-1].weight
-        label_weight.data = label_weight.data.bfloat16()
-    return model
+    return common.build_on_last_layer(XRTransformer, data, tree, config, encoder)
 
 
 # 3. Training, stage after stage.
@@ -322,34 +303,24 @@ def train(out: Path, config: stages.train.Config, warm: str) -> tuple[XRTransfor
     return model.eval(), time.perf_counter() - start
 
 
+def folder_name(config: Config) -> str:
+    return common.name_with(NAME, config, "warm")
+
+
+@common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
     if config.warm not in WARM_STARTS:
         raise UserError(f"--warm {config.warm}: expected one of {', '.join(WARM_STARTS)}")
-    # A run folder of its own.
-    name = NAME if config.warm == "linear" else f"{NAME}-{config.warm}"
-    out = common.folder(config.run, name, "data.npz", "tree.npz")
-    with owned(out):
-        run_in(out, config)
-
-
-def run_in(out: Path, config: Config) -> None:
-    """Train and test XR-Transformer in the folder `out`."""
-    # 1. The log would be appended to, so an old one has to go.
-    (out / "log.jsonl").unlink(missing_ok=True)
+    levels = common.tree_with_clusters(config.run).levels
+    # 1. A run folder of its own, without what an interrupted training has left.
+    out = common.folder(config.run, folder_name(config), "data.npz", "tree.npz")
+    common.clear(out)
     # 2. The cascade's settings, but for the beam: b clusters, or all where a level has fewer.
-    levels = stages.tree.load(out).levels
     topk = ",".join(str(min(config.b, n)) for n in levels)
     train_config = common.cascade_settings(config.run, out, topk=topk)
-    # 3. Train, and write model.pt in the format of stage 4.
+    # 3. Train, and write model.pt.
     model, seconds = train(out, train_config, config.warm)
-    content = {
-        "config": settings(train_config),
-        "encoder": model.encoder.description(),
-        "ranking": NAME,
-        "model": model.state_dict(),
-    }
-    made_from = ("data.npz", "tree.npz")
-    save_pt(out / "model.pt", train_config, content, made_from, stage=f"variants/{NAME}.py")
+    common.save_model(out, model, train_config, NAME, NAME)
     # 4. Predict the validation and test splits.
     common.test(out, model, train_config, NAME, seconds)
 
