@@ -9,6 +9,7 @@ Shapes   N documents, L labels, k labels predicted
 """
 
 import functools
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -194,7 +195,68 @@ def save_model(out: Path, model, config: stages.train.Config, ranking: str, name
     save_pt(out / "model.pt", config, content, made_from, stage=f"variants/{name}.py")
 
 
+def precision_sum(labels_Nk: np.ndarray, split: stages.data.Split) -> float:
+    """P@1 + P@3 + P@5 of these documents, as a share: what stage 4 judges by."""
+    total = 0
+    for j in (1, 3, 5):
+        total += stages.train.hits(labels_Nk[:, :j], split).mean()
+    return total
+
+
+def fit_and_keep_best(
+    model,
+    batches: stages.train.Batches,
+    data: stages.data.Data,
+    config: stages.train.Config,
+    log: Callable[[dict], None],
+) -> float:
+    """Train for config.epochs, and give the model the weights of its best pass.
+
+    As in stage 4, the best pass has the largest P@1 + P@3 + P@5 on validation, and where no
+    validation document has a label, it is the last. Gives the seconds that validation took.
+    UserError for 0 epochs: then nothing would be trained.
+    """
+    if not config.epochs:
+        raise UserError(
+            "the cascade has --epochs 0, its heads alone were trained; this system is trained for "
+            "as many passes as the cascade: train the cascade with --epochs 1 or more"
+        )
+    training = stages.train.Training(model, config, len(batches))
+    can_judge = len(data.splits["val"].labels) > 0
+    best = -1.0
+    seconds = 0.0
+    for _ in range(config.epochs):
+        stages.train.train_one_epoch(training, batches, log)
+        # 1. How good is the model now?
+        start = time.perf_counter()
+        labels_N5, _ = predict(model, data, "val", config, 5)
+        total = precision_sum(labels_N5, data.splits["val"])
+        print(f"pass {training.epoch}: validation P@1 + P@3 + P@5 {100 * total:.1f}", flush=True)
+        # 2. A copy of the weights, in the memory of the host: the next pass changes them.
+        if total > best or not can_judge:
+            best = total
+            kept = {key: value.to("cpu", copy=True) for key, value in model.state_dict().items()}
+        seconds += time.perf_counter() - start
+    model.load_state_dict(kept)
+    return seconds
+
+
 # 4. Predictions of variants that stage 5 does not know.
+
+
+def predict(
+    model, data: stages.data.Data, split: str, config: stages.train.Config, k: int
+) -> tuple[np.ndarray, np.ndarray]:
+    """(labels (N, k), log scores (N, k)) of a split, by model.predict."""
+
+    def one(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
+        labels, scores = model.predict(batch, k)
+        return {"labels": labels.cpu().numpy(), "scores": scores.cpu().numpy()}
+
+    # Without a backward pass there is memory for twice as many documents as in training.
+    size = 2 * config.batch_size
+    found = stages.train.predict_split(model, data, split, config.max_len, size, one, k)
+    return found["labels"], found["scores"]
 
 
 def test(
@@ -205,16 +267,16 @@ def test(
     tools.report chooses thresholds of the scores on the validation split.
     """
     data = stages.data.load(out)
-
-    def predict(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
-        labels, scores = model.predict(batch, k)
-        return {"labels": labels.cpu().numpy(), "scores": scores.cpu().numpy()}
-
-    # Without a backward pass there is memory for twice as many documents as in training.
-    size = 2 * config.batch_size
     for split in ("val", "test"):
-        found = stages.train.predict_split(model, data, split, config.max_len, size, predict, k)
-        save_predictions(out, data, found["labels"], found["scores"], name, seconds, split=split)
+        labels_Nk, scores_Nk = predict(model, data, split, config, k)
+        save_predictions(out, data, labels_Nk, scores_Nk, name, seconds, split=split)
+
+
+def label_weights(data: stages.data.Data) -> np.ndarray:
+    """(L,): rare labels weigh more in PSP (05_eval.py). Counted on the training documents."""
+    train = data.splits["train"]
+    count_L = np.bincount(train.labels, minlength=len(data.names))
+    return stages.eval.inverse_propensity(count_L, len(train))
 
 
 def save_predictions(
@@ -248,11 +310,8 @@ def save_predictions(
     )
     if split != "test":
         return
-    # 2. The same row that stage 5 prints for the cascade. Rare labels weigh more in PSP (05_eval.py
-    #    says how much), and how rare a label is, is counted on the training documents.
-    train = data.splits["train"]
-    count_L = np.bincount(train.labels, minlength=len(data.names))
-    weight_L = stages.eval.inverse_propensity(count_L, len(train))
+    # 2. The same row that stage 5 prints for the cascade.
+    weight_L = label_weights(data)
     metrics = stages.eval.metrics(labels_Nk, data.splits["test"], weight_L)
     columns = "".join(f"{column:>7}" for column in stages.eval.COLUMNS)
     print(f"{'%':34}" + columns)

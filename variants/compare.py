@@ -31,8 +31,8 @@ with the cascade, and "x" is how many times as fast as the cascade it was then. 
 that prediction needs here, in millions; of XR-Transformer an encoder for each stage (its authors
 keep the last), of a ranker the weights that are left.
 
-What stage 4 trains keeps the epoch that is best on validation. XR-Transformer, ELIAS, UniDEC and
-ALC keep their last one.
+Every system keeps the pass that is best on validation, ELIAS that of its last stage. XR-Transformer
+keeps its last one: a stage goes on from where the one before has ended.
 
 Shapes   N documents, L labels, k labels predicted, Q metrics
 """
@@ -50,11 +50,12 @@ import numpy as np
 from plumbing.cli import flag, main, natural, positive
 from plumbing.errors import UserError
 from plumbing.precision import in_turn
-from plumbing.store import load_npz, load_pt, write_whole
+from plumbing.store import anew, load_npz, load_pt, write_whole
 from tools.compare import COLUMNS as ADDED
 from tools.compare import bootstrap, contributions, load_predictions
 from variants import (
     alc,
+    common,
     elias,
     gandalf,
     inception_xml,
@@ -172,7 +173,14 @@ def check(run: Path, system: System) -> None:
     cascade, _ = load_pt(run / "model.pt")
     own, _ = load_pt(run / (on or folder) / "model.pt")
     for key, value in own["config"].items():
-        if key not in system.its_own and value != cascade["config"][key]:
+        if key in system.its_own:
+            continue
+        if key not in cascade["config"]:
+            raise UserError(
+                f"{run}/model.pt is older than the setting {key!r}, so it cannot be told whether "
+                f"{run / folder} was trained alike; {anew(run / 'model.pt')}"
+            )
+        if value != cascade["config"][key]:
             is_other = True
     if is_other:
         raise UserError(
@@ -270,13 +278,9 @@ def predictor(run: str, name: str, documents: int) -> Predictor:
 def measure(folder: Path) -> tuple[list[float], np.ndarray]:
     """(METRICS in percent, what each document adds to them) of predictions.npz."""
     data = stages.data.load(folder)
-    train = data.splits["train"]
     split = data.splits["test"]
-    n_labels = len(data.names)
-    # How rare a label is, is counted on the training documents.
-    count_L = np.bincount(train.labels, minlength=n_labels)
-    weight_L = stages.eval.inverse_propensity(count_L, len(train))
-    member = load_predictions(folder / "predictions.npz", "test", len(split), n_labels)
+    weight_L = common.label_weights(data)
+    member = load_predictions(folder / "predictions.npz", "test", len(split), len(data.names))
     labels_Nk = member.labels_Nk
     found = stages.eval.metrics(labels_Nk, split, weight_L)
     # A metric at more labels than were predicted is not known.

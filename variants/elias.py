@@ -261,9 +261,16 @@ class Batches(stages.train.Batches):
 
 
 def first_stage(
-    model: ELIAS, data: stages.data.Data, config: stages.train.Config, log: Callable[[dict], None]
-) -> None:
-    """Encoder, clusters and labels, with the tree's edges."""
+    model: ELIAS,
+    data: stages.data.Data,
+    config: stages.train.Config,
+    is_last: bool,
+    log: Callable[[dict], None],
+) -> float:
+    """Encoder, clusters and labels, with the tree's edges; the seconds of validation.
+
+    Stage 2 goes on from the last pass. Where there is none, the best pass is kept.
+    """
     # 1. The cascade's start: biases that know frequencies and, with a pretrained encoder, centred
     #    features and heads that learn first.
     start_clusters(model, data.splits["train"])
@@ -274,7 +281,11 @@ def first_stage(
         alone = replace(config, epochs=config.head_epochs, lr=config.head_lr, amp="off")
         stages.train.fit(model, Batches(model, encoded, alone), alone, log)
     # 2. Everything.
-    stages.train.fit(model, Batches(model, data, config), config, log)
+    batches = Batches(model, data, config)
+    if is_last:
+        return common.fit_and_keep_best(model, batches, data, config, log)
+    stages.train.fit(model, batches, config, log)
+    return 0.0
 
 
 def second_stage(
@@ -283,8 +294,8 @@ def second_stage(
     config: stages.train.Config,
     edges: str,
     log: Callable[[dict], None],
-) -> None:
-    """The edges, and label classifiers from the beginning."""
+) -> float:
+    """The edges, and label classifiers from the beginning; the seconds of validation."""
     if edges != "tree":
         n_alone = find_edges(model, data, config)
         n_edges = int((model.edge_CE >= 0).sum())
@@ -298,13 +309,16 @@ def second_stage(
     model.update_parents()
     start_labels(model, data.splits["train"])
     model.is_slow = True
-    stages.train.fit(model, Batches(model, data, config), config, log)
+    return common.fit_and_keep_best(model, Batches(model, data, config), data, config, log)
 
 
 def train(
     out: Path, data: stages.data.Data, config: stages.train.Config, edges: str, pull: float
 ) -> tuple[ELIAS, float]:
-    """(the model, seconds) after both stages. log.jsonl has the records of both."""
+    """(the model after the best pass of its last stage, seconds without validating the passes).
+
+    log.jsonl has the records of both stages.
+    """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = build(data, stages.tree.load(out), config).to(device)
     model.amp = config.amp
@@ -325,29 +339,21 @@ def train(
 
         print(f"stage {stage}: {epochs} passes", flush=True)
         if stage == 1:
-            first_stage(model, data, of_stage, log)
+            validating = first_stage(model, data, of_stage, edges == "once", log)
         else:
             model.pull = pull
-            second_stage(model, data, of_stage, edges, log)
+            validating = second_stage(model, data, of_stage, edges, log)
         print_recall(model, data, config, "val")
-    return model.eval(), time.perf_counter() - start
+    # Of both stages, only the last has validated its passes.
+    return model.eval(), time.perf_counter() - start - validating
 
 
 def print_recall(
     model: ELIAS, data: stages.data.Data, config: stages.train.Config, split: str
 ) -> None:
     """Print what the shortlist finds, with the K labels that are scored, and P@1."""
-
-    def predict(batch: stages.data.Batch, k: int) -> dict[str, np.ndarray]:
-        labels, scores = model.predict(batch, k)
-        return {"labels": labels.cpu().numpy(), "scores": scores.cpu().numpy()}
-
-    size = 2 * config.batch_size
     # All K labels: what is not among them is not found by any ranking.
-    found = stages.train.predict_split(
-        model, data, split, config.max_len, size, predict, model.scored
-    )
-    labels_NK = found["labels"]
+    labels_NK, _ = common.predict(model, data, split, config, model.scored)
     weight_L = np.ones(model.n_labels)
     result = stages.eval.metrics(labels_NK, data.splits[split], weight_L)
     recall = result["R"]

@@ -299,12 +299,7 @@ def choose_power(seen: Seen, slack_Nk: np.ndarray, split: stages.data.Split) -> 
     found = {}
     for power in POWERS:
         labels_Nk, _ = reorder(seen.labels_Nk, seen.scores_Nk, slack_Nk, power)
-        # P@j, the share of correct labels among the first j, at the ranks that stage 4 judges by.
-        total = 0
-        for j in (1, 3, 5):
-            hit_Nj = stages.train.hits(labels_Nk[:, :j], split)
-            total += hit_Nj.mean()
-        found[power] = total
+        found[power] = common.precision_sum(labels_Nk, split)
     return found
 
 

@@ -340,7 +340,7 @@ def embeddings(
 def train(
     out: Path, model: DualEncoder, config: stages.train.Config, pool: int, refresh: int
 ) -> tuple[DualEncoder, float]:
-    """(the model, seconds)."""
+    """(the model as it was after its best pass, seconds without validation)."""
     data = stages.data.load(out)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device)
@@ -351,8 +351,8 @@ def train(
 
     batches = Batches(data, config, pool, refresh, find)
     start = time.perf_counter()
-    stages.train.fit(model, batches, config, logger(out, config))
-    return model.eval(), time.perf_counter() - start
+    validating = common.fit_and_keep_best(model, batches, data, config, logger(out, config))
+    return model.eval(), time.perf_counter() - start - validating
 
 
 def folder_name(config: Config) -> str:
