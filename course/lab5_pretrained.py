@@ -30,6 +30,8 @@ Fill in every function that raises NotImplementedError. Shape letters: B and N d
 H hidden states, D width, P (document, node) pairs, C nodes (docs/glossary.md has all).
 """
 
+# %%
+
 import sys
 import time
 from unittest.mock import patch
