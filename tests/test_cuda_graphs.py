@@ -126,7 +126,7 @@ def test_a_gpu_replays_the_usual_steps(done):
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: a CUDA graph")
-def test_a_step_that_asks_for_a_number_is_refused(done):
+def test_a_step_that_asks_a_gpu_for_a_number_is_refused(done):
     training, _ = trained(done, recorded=True, device="cuda")
     usual = training.recorded.step
 
