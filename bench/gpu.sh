@@ -6,7 +6,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results} device=${DEVICE:-cuda} failed=0
-step="--rounds 8" predict="--labels 670091 --documents 4000"
+step="--rounds 5" predict="--labels 670091 --documents 4000"
 [ -z "${TOY:-}" ] || step="--toy --rounds 2" predict="--labels 512 --documents 64 --rounds 2 --metrics 1000"
 try() {  # seconds at most, command
   echo "== ${*:2}"
