@@ -30,6 +30,7 @@ from pathlib import Path
 
 from course import check
 from plumbing.errors import UserError
+from plumbing.streams import tolerant_streams
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -306,4 +307,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with tolerant_streams():  # whoever reads the output may have enough, as `head` has
+        sys.exit(main(sys.argv[1:]))
