@@ -300,6 +300,10 @@ WRONG = [
     (1, "ndcg", lambda h, n: np.array([
         np.mean([sum(hits[:j]) / min(j, m) for hits, m in zip(h, n, strict=True)])
         for j in range(1, h.shape[1] + 1)]), "this is RP@j"),
+    (1, "ndcg", lambda h, n: np.mean([
+        np.cumsum(hits / np.log(np.arange(2, h.shape[1] + 2)))
+        / [dcg([1] * min(j, m)) for j in range(1, h.shape[1] + 1)]
+        for hits, m in zip(h, n, strict=True)], axis=0), "both sums need log2"),
     (1, "inverse_propensity",
      lambda c, n, a=0.55, b=1.5: 1 / (1 + (np.log(n) - 1) * (b + 1) ** a / (c + b) ** a),
      "one over it"),
