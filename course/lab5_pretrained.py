@@ -18,8 +18,7 @@ Commands  python data/derive.py sample --source data/debian --out runs/debian-20
           python 05_eval.py --run runs/pretrained-heads-first
           python -m variants.compare --run runs/pretrained-heads-first \
               --systems ranker,one_vs_all,light_xml
-Minutes   computing: 3 on an Intel Xeon with AMX, 17 where other programs kept it busy; 3 more for
-          the variants; of yours: 60
+Minutes   computing: 3 (on one core of an Intel Xeon with AMX), and 3 for the variants; yours: 60
 Target    3 of 3 steps pass, and you can explain both tables of the last cells
 
 ENCODER is all-MiniLM-L6-v2, a small pretrained encoder: 6 layers of width 384, 90 MB. With a
