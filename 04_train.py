@@ -252,13 +252,14 @@ class Training:
 
     def train_on(self, batch: data_stage.Batch) -> None:
         """Forward and backward of a batch; and a step, unless more batches are to share it."""
+        # With --graphs all at once: the GPU has a recording of it.
         if self.recorded:
-            # All at once, by the GPU alone.
             self.set_rates()
             losses, surplus, self.norm = self.recorded(batch)
             self.count_batch(losses, surplus, batch)
             self.count_step(losses)
             return
+        # Otherwise one after the other.
         losses = self.forward_backward(batch)
         is_last = self.batch == self.n_batches
         if self.batch % self.config.accumulate == 0 or is_last:
@@ -282,7 +283,7 @@ class Training:
         self.norm = self.move()
         self.count_step(losses)
 
-    # 4. What the device does in a step. Python must not look at any result here (--graphs).
+    # What the device does in a step. Nothing here may look at a result: --graphs records it.
 
     def on_the_device(self, batch: data_stage.Batch) -> tuple[torch.Tensor, ...]:
         """A whole step of one batch: its losses (levels,), surplus () and gradient's norm ()."""
@@ -322,7 +323,7 @@ class Training:
         self.adam.zero_grad()
         return norm
 
-    # 5. What Python does in a step.
+    # What Python does in a step.
 
     def set_rates(self) -> None:
         """The learning rates of this step."""

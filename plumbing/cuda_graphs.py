@@ -33,18 +33,22 @@ PAIRS = 256  # pairs (document, label) of a batch: this many, or twice, four tim
 
 
 def refuse_what_cannot_be_recorded(config: Any, device: torch.device) -> None:
-    """UserError where --graphs does not go together with something else."""
-    # What is found, and why it does not work.
-    reasons = {
-        "no CUDA device": device.type != "cuda",
-        "--accumulate: a recording is a whole step of one batch": config.accumulate > 1,
-        "--amp fp16: the scale of the loss is looked at in every step": config.amp == "fp16",
-        "--label-bf16: the noise of rounding depends on the step": config.label_bf16,
-        "several GPUs: they talk to each other in every step": several_devices.n_processes() > 1,
+    """UserError where something stands in the way of --graphs."""
+    n_processes = several_devices.n_processes()
+    in_the_way = {
+        "it needs a CUDA device": device.type != "cuda",
+        "not with --accumulate, since a recording is a whole step of one batch": (
+            config.accumulate > 1
+        ),
+        "not with fp16, whose scale of the loss Python looks at in every step": (
+            config.amp == "fp16"
+        ),
+        "not with --label-bf16, whose noise depends on the step": config.label_bf16,
+        "not with several GPUs, which talk to each other in every step": n_processes > 1,
     }
-    for reason, is_so in reasons.items():
+    for reason, is_so in in_the_way.items():
         if is_so:
-            raise UserError(f"--graphs does not go with {reason}; leave one of them out")
+            raise UserError(f"--graphs: {reason}; leave --graphs out")
 
 
 def padded(batch: Any) -> Any:

@@ -3,6 +3,8 @@
 There is no GPU here. A recording is imitated: to replay it is to run the step again on the batch
 that it was recorded with, whose tensors have got other contents by then."""
 
+import shutil
+
 import numpy as np
 import pytest
 import torch
@@ -113,6 +115,16 @@ def test_what_cannot_be_recorded_is_refused(reason):
     config = train.Config(graphs=True, **changes.get(reason, {}))
     with pytest.raises(UserError, match=reason):
         cuda_graphs.refuse_what_cannot_be_recorded(config, device)
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_without_a_gpu_the_flag_is_refused_and_nothing_is_lost(tmp_path, done):
+    for name in ("data.npz", "tree.npz", "model.pt"):
+        shutil.copy(done / name, tmp_path)
+    before = (tmp_path / "model.pt").read_bytes()
+    with pytest.raises(UserError, match="--graphs: it needs a CUDA device"):
+        train.run(train.Config(run=str(tmp_path), tiny="1,16", topk="4", graphs=True))
+    assert (tmp_path / "model.pt").read_bytes() == before
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device: a CUDA graph")
