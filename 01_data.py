@@ -540,10 +540,13 @@ class Data(NamedTuple):
     # The features of an encoder that does not learn, by split, each (N, H, D) float16.
     encoded: Mapping[str, np.ndarray] = {}
 
-    def batch(self, split: str, rows: np.ndarray, max_len: int) -> Batch:
-        """The documents `rows` (B,) of a split, cut to `max_len` tokens with the special ones."""
+    def batch(self, split: str, rows: np.ndarray, max_len: int, round_to: int = 1) -> Batch:
+        """The documents `rows` (B,) of a split, cut to `max_len` tokens with the special ones.
+
+        They are padded to the length of the longest, or up to the next multiple of `round_to`.
+        """
         part = self.splits[split]
-        ids_BT, mask_BT = self._padded(part, rows, max_len)
+        ids_BT, mask_BT = self._padded(part, rows, max_len, round_to)
 
         # The labels of these documents, one pair for each.
         n_labels_B = part.label_offsets[rows + 1] - part.label_offsets[rows]
@@ -562,7 +565,9 @@ class Data(NamedTuple):
             pooled_BHD,
         )
 
-    def _padded(self, part: Split, rows: np.ndarray, max_len: int) -> tuple[np.ndarray, np.ndarray]:
+    def _padded(
+        self, part: Split, rows: np.ndarray, max_len: int, round_to: int
+    ) -> tuple[np.ndarray, np.ndarray]:
         """(ids_BT, mask_BT). A row holds the prefix, the document's tokens, the suffix and padding.
 
         The plain form is a loop over the documents, which tests/test_data.py has:
@@ -585,7 +590,8 @@ class Data(NamedTuple):
         end_B = np.maximum(end_B, 1 - len(suffix))
 
         # Start with padding alone, then write the prefix, the tokens and the suffix over it.
-        width = end_B.max() + len(suffix)  # T
+        longest = end_B.max() + len(suffix)
+        width = min(-(-longest // round_to) * round_to, max(longest, max_len))  # T
         ids_BT = np.full((len(rows), width), self.meta["pad"], np.int64)
         ids_BT[:, : len(prefix)] = prefix
         doc, position, place = flatten(part.offsets[rows], length_B)

@@ -19,6 +19,9 @@ from nothing, has the second phase only. The features wait in a temporary file o
 No listing shows it, and it is gone when the process ends. It takes 2 bytes x documents x hidden
 states that are read x width.
 
+On a GPU, --graphs is two to four times as fast (plumbing/cuda_graphs.py). A fork whose loss or
+shortlist depends on a number that Python counts, such as the step, must leave it out.
+
 With several GPUs: torchrun --nproc-per-node 4 -- 04_train.py --run runs/mine
 (plumbing/several_devices.py; without torchrun, what stands there does nothing).
 
@@ -50,6 +53,7 @@ from plumbing.checkpoints import (
     to_go_on_from,
 )
 from plumbing.cli import flag, main, natural, positive, rate, settings, settle
+from plumbing.cuda_graphs import TOKENS, RecordedSteps, refuse_what_cannot_be_recorded
 from plumbing.encoders import set_weights
 from plumbing.errors import UserError
 from plumbing.feature_file import unnamed_array
@@ -108,6 +112,9 @@ class Config(model_stage.Config):
     compile: bool = flag(
         False, "compile the encoder, once for all lengths: a minute or two, for long runs"
     )
+    graphs: bool = flag(
+        False, "record a step once, and let the GPU replay it: it no longer waits for Python"
+    )
 
 
 # 1. Batches: documents of about one length together.
@@ -121,11 +128,14 @@ class Batches:
     which are shuffled again. The price is a little randomness.
     """
 
-    def __init__(self, data: data_stage.Data, batch_size: int, max_len: int, seed: int) -> None:
+    def __init__(
+        self, data: data_stage.Data, batch_size: int, max_len: int, seed: int, round_to: int = 1
+    ) -> None:
         self.data = data
         self.batch_size = batch_size
         self.max_len = max_len
         self.seed = seed
+        self.round_to = round_to  # a batch is as long as its longest document, rounded up to this
         # Tokens of each document, as many as the encoder will read.
         self.length_N = np.minimum(np.diff(data.splits["train"].offsets), max_len)
 
@@ -156,7 +166,7 @@ class Batches:
         """The batches of an epoch, from number `first` on; with several GPUs, this one's share."""
         for rows in self.rows(epoch)[first:]:
             own_rows, share = several_devices.share(rows)
-            batch = self.data.batch("train", own_rows, self.max_len)
+            batch = self.data.batch("train", own_rows, self.max_len, self.round_to)
             yield batch._replace(share=share)
 
 
@@ -209,6 +219,12 @@ class Training:
         # It is given the losses of every step. It looks at them one step later, when a GPU need not
         # be waited for, and raises the error if something has gone wrong.
         self.watch = LossWatch(model)
+        # --graphs: whole steps, replayed.
+        self.recorded = None
+        if config.graphs:
+            self.recorded = RecordedSteps(
+                self.on_the_device, self.groups, config.batch_size, self.device
+            )
 
         # 2. The schedule.
         self.steps_per_epoch = math.ceil(n_batches / config.accumulate)
@@ -234,42 +250,67 @@ class Training:
             groups.extend(optimizer.param_groups)
         return groups
 
+    def train_on(self, batch: data_stage.Batch) -> None:
+        """Forward and backward of a batch; and a step, unless more batches are to share it."""
+        # With --graphs all at once: the GPU has a recording of it.
+        if self.recorded:
+            self.set_rates()
+            losses, surplus, self.norm = self.recorded(batch)
+            self.count_batch(losses, surplus, batch)
+            self.count_step(losses)
+            return
+        # Otherwise one after the other.
+        losses = self.forward_backward(batch)
+        is_last = self.batch == self.n_batches
+        if self.batch % self.config.accumulate == 0 or is_last:
+            self.step(losses)
+
     def forward_backward(self, batch: data_stage.Batch) -> torch.Tensor:
         """Add the gradient of one batch to the gradient; the losses (levels,), detached."""
-        # 1. Forward, all levels.
-        losses, surplus = self.model.loss(batch.to(self.device))
-        # 2. Several batches may share a step; the last step of an epoch may have fewer of them.
+        # Several batches may share a step; the last step of an epoch may have fewer of them.
         accumulate = self.config.accumulate
         first_of_step = self.batch // accumulate * accumulate
         together = min(accumulate, self.n_batches - first_of_step)
-        # 3. Backward, from the sum of all levels: each level teaches the encoder at once. Shared
-        #    steps take the mean of their batches, so the learning rate need not know of them. With
-        #    several GPUs this is the mean over some of the documents, and counts for their share.
-        loss = losses.sum() * batch.share / together
-        self.scaler.scale(loss).backward()
-        # 4. What the progress line will say.
-        losses = losses.detach()
-        self.sums = self.sums + torch.cat([losses * batch.share, surplus.view(1)])
-        self.seen += 1
-        self.batch += 1
+        # Shared steps take the mean of their batches, so the learning rate need not know of them.
+        # With several GPUs this is the mean over some of the documents, and counts for their share.
+        losses, surplus = self.gradient(batch.to(self.device), batch.share / together)
+        self.count_batch(losses, surplus, batch)
         return losses
 
     def step(self, losses: torch.Tensor) -> None:
         """Move the weights. UserError if a loss is not finite, or has grown a thousandfold."""
-        # 1. The learning rates of this step.
-        share = lr_scale(self.steps, self.total, self.warmup)
-        for group, peak_lr in zip(self.groups(), self.peak_lr, strict=True):
-            group["lr"] = peak_lr * share
-        # 2. With several GPUs, the gradient of all documents.
+        self.set_rates()
+        self.norm = self.move()
+        self.count_step(losses)
+
+    # What the device does in a step. Nothing here may look at a result: --graphs records it.
+
+    def on_the_device(self, batch: data_stage.Batch) -> tuple[torch.Tensor, ...]:
+        """A whole step of one batch: its losses (levels,), surplus () and gradient's norm ()."""
+        losses, surplus = self.gradient(batch, 1.0)
+        return losses, surplus, self.move()
+
+    def gradient(self, batch: data_stage.Batch, weight: float) -> tuple[torch.Tensor, torch.Tensor]:
+        """Add the gradient of weight times the loss; the losses (levels,) and the surplus ()."""
+        # Forward, all levels.
+        losses, surplus = self.model.loss(batch)
+        # Backward, from the sum of all levels: each level teaches the encoder at once.
+        loss = losses.sum() * weight
+        self.scaler.scale(loss).backward()
+        return losses.detach(), surplus
+
+    def move(self) -> torch.Tensor:
+        """Move the weights by the gradient, and forget it. The gradient's norm ()."""
+        # 1. With several GPUs, the gradient of all documents.
         gradients = [p.grad for p in self.dense_parameters if p.grad is not None]
         several_devices.add_up(gradients)
-        # 3. A batch with a huge gradient must not throw the encoder off: cut the gradient's length.
+        # 2. A batch with a huge gradient must not throw the encoder off: cut the gradient's length.
+        #    A model without any dense gradient (heads alone, a tree without clusters) has none.
         self.scaler.unscale_(self.adam)
-        norm = torch.nn.utils.clip_grad_norm_(self.dense_parameters, CLIP)
-        # A model without any dense gradient (heads alone, a tree without clusters) has the norm 0,
-        # on the CPU.
-        self.norm = norm.to(self.device)
-        # 4. The step, of the dense parameters and of the label rows.
+        norm = torch.zeros((), device=self.device)
+        if gradients:
+            norm = torch.nn.utils.clip_grad_norm_(self.dense_parameters, CLIP)
+        # 3. The step, of the dense parameters and of the label rows.
         self.scaler.step(self.adam)
         if self.row_adam:
             # The gradient of the labels would be as big as their weights, so it is never built.
@@ -280,9 +321,28 @@ class Training:
             self.row_adam.step(scale=self.scaler.scale(one))
         self.scaler.update()
         self.adam.zero_grad()
-        # 5. Look at what came out, while the next batch is computed.
-        self.steps += 1
+        return norm
+
+    # What Python does in a step.
+
+    def set_rates(self) -> None:
+        """The learning rates of this step."""
+        share = lr_scale(self.steps, self.total, self.warmup)
+        for group, peak_lr in zip(self.groups(), self.peak_lr, strict=True):
+            group["lr"] = peak_lr * share
         self.lr = self.peak_lr[-1] * share
+
+    def count_batch(
+        self, losses: torch.Tensor, surplus: torch.Tensor, batch: data_stage.Batch
+    ) -> None:
+        """What the next progress line will say."""
+        self.sums = self.sums + torch.cat([losses * batch.share, surplus.view(1)])
+        self.seen += 1
+        self.batch += 1
+
+    def count_step(self, losses: torch.Tensor) -> None:
+        """Look at what came out, while the next batch is computed."""
+        self.steps += 1
         watched = self.norm
         if self.config.amp == "fp16":
             # A gradient that overflows is no fault here: the scaler skips AdamW's step. (RowAdam
@@ -372,14 +432,12 @@ def train_one_epoch(
     seen_before = training.seen
     start = time.perf_counter()
     for batch in batches(training.epoch, training.batch):
-        # 1. Forward and backward.
-        losses = training.forward_backward(batch)
+        # 1. Forward, backward, and a step of the optimisers.
+        training.train_on(batch)
         is_last = training.batch == training.n_batches
         if training.batch % config.accumulate and not is_last:
             continue  # more batches are added up before the step
-        # 2. A step of the optimisers.
-        training.step(losses)
-        # 3. A progress line now and then.
+        # 2. A progress line now and then.
         if training.steps % training.interval == 0 or is_last:
             seconds = time.perf_counter() - start
             log(training.record((training.seen - seen_before) / seconds))
@@ -387,7 +445,7 @@ def train_one_epoch(
             start = time.perf_counter()
         if is_last:
             break  # the checkpoint comes after validation
-        # 4. A checkpoint within the epoch, if somebody wants to stop or a long run asked for it.
+        # 3. A checkpoint within the epoch, if somebody wants to stop or a long run asked for it.
         if stop() or config.save_every and training.steps % config.save_every == 0:
             checkpoint()
             interrupt_if_asked(training, stop)
@@ -663,7 +721,8 @@ def train_phase(
     """Train for config.epochs, from the beginning or from the `state` of a checkpoint."""
 
     # 1. A new training, or one that goes on.
-    batches = Batches(data, config.batch_size, config.max_len, config.seed)
+    round_to = TOKENS if config.graphs else 1
+    batches = Batches(data, config.batch_size, config.max_len, config.seed, round_to)
     training = Training(job.model, config, len(batches), steps_before)
     if state:
         training.set_state(state)
@@ -789,6 +848,8 @@ def prepare(
     amp = choose_amp(config.amp, model, example)
     model.amp = several_devices.as_the_first_says(PRECISIONS, amp)
     config = replace(config, amp=model.amp)
+    if config.graphs:
+        refuse_what_cannot_be_recorded(config, device)
     if config.compile:
         model.encoder.compile(dynamic=True)
     # 5. Nothing has failed so far. Only now is a finished training cleared away; one that stopped

@@ -6,7 +6,7 @@
 set -uo pipefail
 cd "$(dirname "$0")/.."
 out=${OUT:-bench/results} device=${DEVICE:-cuda} failed=0
-step="--rounds 8" predict="--labels 670091 --documents 4000"
+step="--rounds 5" predict="--labels 670091 --documents 4000"
 [ -z "${TOY:-}" ] || step="--toy --rounds 2" predict="--labels 512 --documents 64 --rounds 2 --metrics 1000"
 try() {  # seconds at most, command
   echo "== ${*:2}"
@@ -16,7 +16,7 @@ try() {  # seconds at most, command
 {
   # The tests first: they say whether a step waits for the GPU.
   if [ "$device" = cuda ]; then
-    try 60 -m pytest -q -p no:cacheprovider tests/test_train.py -k gpu
+    try 60 -m pytest -q -p no:cacheprovider tests/test_train.py tests/test_cuda_graphs.py -k gpu
   fi
   try 260 bench/step.py --device "$device" $step --out "$out/step-$device.json"
   try 60 bench/predict.py --run "" --device "$device" $predict --out "$out/predict-$device.json"

@@ -7,15 +7,15 @@ usual way.
 Weights, texts and labels are random, lengths are not. Shortlists are drawn at random, so that a
 batch touches as many clusters as it can, the most expensive case. Beside the usual way they are
 also left alike, the cheapest. Every ratio is of medians over steps taken in turn in this process.
-"Usual way" is what the class Usual says.
+"Usual way" is what the class Usual says. On a GPU our steps come twice: asked for by Python one
+operation after the other, and recorded (04_train.py --graphs).
 """
 
 import argparse
 import ctypes
 import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from itertools import count
 
 import numpy as np
 import torch
@@ -24,6 +24,7 @@ from torch import nn
 from torch.nn import functional
 from torch.nn.utils.rnn import pad_sequence
 
+from plumbing.cuda_graphs import TOKENS, RecordedSteps
 from plumbing.label_level import RowAdam
 from plumbing.precision import in_turn, set_up_torch
 
@@ -69,10 +70,10 @@ def optimizers_of(model) -> list[torch.optim.Optimizer]:
     return [adam, RowAdam(row_groups)]
 
 
-def step(model, optimizers: list, next_batch: Callable, amp: str) -> None:
-    """One training step on the batch that next_batch() gives."""
+def step(model, optimizers: list, amp: str, batch) -> tuple[torch.Tensor]:
+    """One training step."""
     model.amp = amp
-    losses, _ = model.loss(next_batch())
+    losses, _ = model.loss(batch)
     losses.sum().backward()
     dense_parameters = []
     for group in optimizers[0].param_groups:
@@ -81,9 +82,10 @@ def step(model, optimizers: list, next_batch: Callable, amp: str) -> None:
     for optimizer in optimizers:
         optimizer.step()
         optimizer.zero_grad()
+    return (losses.detach(),)
 
 
-def encoder_step(model, optimizer, batch, amp: str) -> None:
+def encoder_step(model, optimizer, amp: str, batch) -> tuple[torch.Tensor]:
     """The same batch through the encoder alone, with the gradient of a plain sum."""
     model.amp = amp
     total = sum(x_BD.sum() for x_BD in model.features(batch))
@@ -91,6 +93,16 @@ def encoder_step(model, optimizer, batch, amp: str) -> None:
     nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], stages.train.CLIP)
     optimizer.step()
     optimizer.zero_grad()
+    return (total.detach(),)
+
+
+def recorded(run: Callable, optimizers: list, n_documents: int) -> RecordedSteps:
+    """The same steps, replayed by the GPU."""
+
+    def groups() -> list[dict]:
+        return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+    return RecordedSteps(run, groups, n_documents, torch.device("cuda"))
 
 
 def often(run: Callable, device: str) -> Callable[[], None]:
@@ -280,12 +292,6 @@ def of_all_lengths(batches, n: int) -> list[np.ndarray]:
     return [by_length[place] for place in places]
 
 
-def endless(batches) -> Iterator:
-    """Epoch after epoch."""
-    for epoch in count():
-        yield from batches(epoch)
-
-
 # 5. What is measured.
 
 
@@ -297,7 +303,6 @@ def measure(n_labels: int, levels: list[int], topk: list[int], shape, args, row)
     data = random_data(DOCUMENTS, n_labels)
     batches = stages.train.Batches(data, shape.batch, shape.tokens, 0)
     typical = of_all_lengths(batches, 1)[0]
-    stream = endless(batches)
     fixed = batch_of(data, batches, typical, device)
     before = peak_bytes(lambda: None, device)
     model = random_model(n_labels, levels, topk, shape.depth, shape.width, shape.tokens, device)
@@ -310,21 +315,21 @@ def measure(n_labels: int, levels: list[int], topk: list[int], shape, args, row)
             encoder_parameters.append(parameter)
     encoder_adam = torch.optim.AdamW(encoder_parameters, fused=True)
 
-    # 1. A step on a batch that is there, on a batch that must be made, and of the encoder alone.
-    def resident() -> None:
-        step(model, optimizers, lambda: fixed, args.amp)
+    # 1. A step, and a step of the encoder alone.
+    whole = partial(step, model, optimizers, args.amp)
+    encoder = partial(encoder_step, model, encoder_adam, args.amp)
 
-    def made() -> None:
-        step(model, optimizers, lambda: batch_of(data, batches, typical, device), args.amp)
-
-    def encoder() -> None:
-        encoder_step(model, encoder_adam, fixed, args.amp)
-
-    def against_encoder(length: str) -> None:
+    def against_encoder(rows: np.ndarray, length: str, whole: Callable, encoder: Callable) -> None:
         """Two rows: what the rest costs beside the encoder. A GPU's difference says more than a
         ratio, which is better the slower the encoder is.
         """
-        passes = {"whole": often(resident, device), "encoder": often(encoder, device)}
+        batch = data.batch("train", rows, shape.tokens, batches.round_to)
+        if not isinstance(whole, RecordedSteps):  # they take a batch that is still on the CPU
+            batch = batch.to(device)
+        passes = {
+            "whole": often(partial(whole, batch), device),
+            "encoder": often(partial(encoder, batch), device),
+        }
         seconds = in_turn(passes, args.rounds)
         ratio = seconds["whole"] / seconds["encoder"]
         target = "GPU: <= 1.2 at 670K, <= 1.3 at 3M"
@@ -333,33 +338,39 @@ def measure(n_labels: int, levels: list[int], topk: list[int], shape, args, row)
         target = "GPU: <= 5 at 670K, <= 7 at 3M"
         row(f"{name}: full step - encoder-only step, {length}, ms", difference, target, ".1f")
 
-    against_encoder("median length")
-    passes = {"resident": often(resident, device), "made": often(made, device)}
+    against_encoder(typical, "median length", whole, encoder)
+    passes = {
+        "resident": often(lambda: whole(fixed), device),
+        "made": often(lambda: whole(batch_of(data, batches, typical, device)), device),
+    }
     seconds = in_turn(passes, args.rounds)
     ratio = seconds["made"] / seconds["resident"]
     row(f"{name}: step with its batch made from flat ids / batch there already", ratio)
     # The same with documents of full length.
-    median = fixed
     longest = np.argsort(batches.length_N)[-shape.batch :]
-    fixed = batch_of(data, batches, longest, device)
-    against_encoder(f"{shape.tokens} tokens")
-    fixed = median
+    against_encoder(longest, f"{shape.tokens} tokens", whole, encoder)
 
     # 2. Speed over batches of all lengths.
     n = 2 * args.rounds * REPEAT[device]
 
-    def n_steps() -> None:
-        for _ in range(n):
-            step(model, optimizers, lambda: next(stream).to(device), args.amp)
+    def speed(run: Callable) -> float:
+        """Documents per second."""
+        some = [*batches.rows(0), *batches.rows(1)][:n]
 
-    took = in_turn({"stream": n_steps}, 1)["stream"]
-    speed = n * shape.batch / took
-    row(f"{name}: documents per second, {n} batches of all lengths", speed, "", ",.0f")
+        def n_steps() -> None:
+            for rows in some:
+                run(data.batch("train", rows, shape.tokens, batches.round_to))
+
+        n_steps()  # the first pass, and in_turn's own, meet every shape and record it
+        return n * shape.batch / in_turn({"stream": n_steps}, 1)["stream"]
+
+    what = f"documents per second, {n} batches of all lengths"
+    row(f"{name}: {what}", speed(lambda batch: whole(batch.to(device))), "", ",.0f")
 
     # 3. Memory.
     encoder_adam.state.clear()  # its moments are no part of our step
     gc.collect()
-    peak = peak_bytes(resident, device)
+    peak = peak_bytes(lambda: whole(fixed), device)
     if device == "cpu":
         peak -= before  # what the process had before there was a model
     held = sum(parameter.nbytes for parameter in model.parameters())
@@ -373,6 +384,17 @@ def measure(n_labels: int, levels: list[int], topk: list[int], shape, args, row)
         # torch takes more from the device than tensors need, and keeps it for the next step.
         reserved = torch.cuda.max_memory_reserved()
         row(f"{name}: memory that torch reserved, this size or one before, GiB", reserved / 2**30)
+
+    # 4. The same, recorded: --graphs.
+    if device == "cuda":
+        batches.round_to = TOKENS
+        whole = recorded(whole, optimizers, shape.batch)
+        encoder = recorded(encoder, [encoder_adam], shape.batch)
+        against_encoder(typical, "median length, recorded", whole, encoder)
+        against_encoder(longest, f"{shape.tokens} tokens, recorded", whole, encoder)
+        row(f"{name}: {what}, recorded", speed(whole), "", ",.0f")
+        held = torch.cuda.memory_allocated() / 2**30
+        row(f"{name}: memory with all recordings, between steps, GiB", held)
 
 
 def padding(shape, row) -> None:
@@ -409,14 +431,22 @@ def against_usual(n_labels: int, levels: list[int], topk: list[int], shape, args
     def one_usual() -> None:
         usual_step(usual, adam, plain, positives, args.amp)
 
+    # Ours as it is on that device: on a GPU, recorded.
+    on_gpu = args.device == "cuda"
+    round_to = TOKENS if on_gpu else 1
+
     def all_ours() -> None:
         for rows in rows_of:
-            make = partial(batch_of, data, batches, rows, args.device)
-            step(ours, optimizers, make, args.amp)
+            batch = data.batch("train", rows, shape.tokens, round_to)
+            one_of_ours(batch if on_gpu else batch.to(args.device))
 
     passes = {"usual": often(one_usual, args.device), "ours": all_ours}
     for spread, name in ((True, "at random"), (False, "alike")):
         spread_shortlists(spread)
+        one_of_ours = partial(step, ours, optimizers, args.amp)
+        if on_gpu:
+            one_of_ours = recorded(one_of_ours, optimizers, shape.batch)
+            all_ours()  # this meets every shape, and in_turn's first round records it
         seconds = in_turn(passes, max(1, args.rounds // 3))
         usual_seconds = seconds["usual"] / REPEAT[args.device]
         our_seconds = seconds["ours"] / len(rows_of)

@@ -30,6 +30,7 @@ from pathlib import Path
 
 from course import check
 from plumbing.errors import UserError
+from plumbing.streams import tolerant_streams
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parent
@@ -67,6 +68,9 @@ body.slides { max-width: 75rem; }
 """
 
 
+# The packages of course/requirements.txt are imported where they are used. So this module can be
+# imported without them, and main can say in a sentence what is missing.
+
 # 1. Markdown.
 
 
@@ -87,9 +91,11 @@ def links(text: str, pages: list[str]) -> str:
     def one(match: re.Match) -> str:
         before, target = match[1], match[2]
         path, mark, section = target.partition("#")
+        # An address such as https://..., or a section of the same page.
         is_elsewhere = ":" in path or not path
         if is_elsewhere:
             return match[0]
+        # Only what lies in course/ itself may be a page; all else is linked where it is on disk.
         name = Path(path).stem if Path(path).parent == Path(".") else ""
         if name == "README":
             name = "index"
@@ -137,6 +143,7 @@ def notebook_of(path: Path) -> "NotebookNode":  # noqa: F821
         elif cell.cell_type == "markdown":
             title, _, rest = cell.source.partition("\n")
             cell.source = f"## {title}\n{rest}"
+        # What stands behind a code cell's `# %%`.
         title = cell.metadata.get("title")
         if title:
             cells.append(new_markdown_cell(f"## {title}"))
@@ -180,6 +187,7 @@ def run_lab(notebook: "NotebookNode", lab: int, constants: dict) -> None:  # noq
             f"lab {lab} does not run to its end: {last}; the commands at the top of the lab make "
             "what it needs (--no-run leaves its cells alone)"
         ) from None
+    # `is`, not ==: a cell is left out because it is hidden, not because it looks like one that is.
     notebook.cells = [cell for cell in notebook.cells if not any(cell is one for one in hidden)]
     for cell in notebook.cells:
         if cell.cell_type == "code":
@@ -231,6 +239,7 @@ def page(name: str, body: str, pages: list[str]) -> str:
 
     colors = HtmlFormatter(style="friendly").get_style_defs(".highlight")
     menu = " · ".join(f'<a href="{one}.html">{one.split("_")[0]}</a>' for one in pages)
+    # nbconvert ends a heading with a link to itself, which is no part of the title.
     title = re.search(r"<h1[^>]*>(.*?)(<a |</h1>)", body, re.S)
     title = re.sub(r"<[^>]+>", "", title[1]) if title else name
     kind = "slides" if name == "slides" else "page"
@@ -280,6 +289,7 @@ def main(words: list[str]) -> int:
     unknown = [name for name in args.pages if name not in names]
     if unknown:
         parser.error(f"no page {unknown[0]}; there are {', '.join(names)}")
+    # Asked for now: without ipykernel a lab would fail only when it runs, pages later.
     try:
         import ipykernel  # noqa: F401
         import jupytext  # noqa: F401
@@ -306,4 +316,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with tolerant_streams():  # whoever reads the output may have enough, as `head` has
+        sys.exit(main(sys.argv[1:]))

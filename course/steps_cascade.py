@@ -103,7 +103,10 @@ def are_scores(result: Tensor, *arguments) -> bool:
 def has_the_correct_ones_alone(
     result: Tensor, logits_BKF: Tensor, targets_BKF: Tensor | None, k: int
 ) -> bool:
-    """Every correct candidate is kept, and the other places went to others than the best ones."""
+    """Every correct candidate is kept, and the other places went to others than the best ones.
+
+    Without targets this fails, and a sign that fails does not show.
+    """
     is_kept_BM = torch.zeros_like(targets_BKF.flatten(1)).scatter(1, torch.as_tensor(result), 1)
     return bool((is_kept_BM >= targets_BKF.flatten(1)).all())
 
@@ -166,7 +169,7 @@ def small_cascade(topk: list[int]) -> nn.Module:
     """
     slots = np.array([6, 2, 5, 0, 7, -1, 1, 4, 3, 8, 10, 9], np.int32)
     tree = tree_stage.Tree(slots, [3, 6])
-    layers = [[0], [0], [0]]
+    layers = [[0], [0], [0]]  # a single layer for each level: there is nothing to join
     model = model_stage.Cascade(NeverAsked(), tree, topk, layers, join="none")
     for parameter in model.heads.parameters():
         parameter.data.copy_(torch.randn(parameter.shape, generator=numbers))
@@ -176,6 +179,7 @@ def small_cascade(topk: list[int]) -> nn.Module:
 
 def small_batch() -> tuple:
     """Three documents with features, and two labels each."""
+    # In the place of token ids and mask, which nobody reads.
     one = torch.ones(3, 1, dtype=torch.int64)
     doc_P = torch.tensor([0, 0, 1, 1, 2, 2])
     label_P = torch.tensor([6, 4, 3, 9, 0, 7])
@@ -209,7 +213,7 @@ def sorted_levels(levels: list) -> list[Tensor]:
         found.append(logits_BKF.gather(1, order_BKF))
         if level.targets_BKF is not None:
             found.append(level.targets_BKF.gather(1, order_BKF))
-        # Places depend on the order of the parents before them. The clusters there do not.
+        # Places depend on the order of the parents one level up. The clusters there do not.
         if before is not None:
             candidates_BM = tree_stage.expand(before.parents_BK, before.logits_BKF.shape[2])
             picked = candidates_BM.gather(1, level.picked_BK)
@@ -222,6 +226,7 @@ def changed(**parts: Callable) -> Callable:
     """The stage's descent of a model some of whose parts are others."""
 
     def wrong(model, features, batch, teacher):
+        # The model may be changed: a check calls every function with copies of the arguments.
         for name, part in parts.items():
             setattr(model, name, part(model))
         return model_stage.Cascade.descend(model, features, batch, teacher)
@@ -317,6 +322,7 @@ def nodes_scored(counts: list[int], topk: list[int]) -> list[int]:
     slots = np.arange(counts[-1], dtype=np.int32)
     tree = tree_stage.Tree(slots, counts[1:-1])
     model = model_stage.Cascade(NoEncoder(), tree, topk, layers, join="none").eval()
+    # One document of one token, without labels: how many nodes are scored is a matter of shapes.
     one = torch.ones(1, 1, dtype=torch.int64)
     nothing = torch.zeros(0, dtype=torch.int64)
     batch = stages.data.Batch(one, one, nothing, nothing)

@@ -17,6 +17,7 @@ rng = np.random.default_rng(0)
 N_LABELS = 40
 LABELS = np.stack([rng.permutation(N_LABELS)[:5] for _ in range(30)])
 HIT = rng.random((30, 5)) < 0.4
+# A document has at least as many labels as it has hits.
 N_OF_DOCUMENT = np.maximum(rng.integers(1, 7, 30), HIT.sum(axis=1))
 COUNT = rng.integers(0, 200, N_LABELS)
 WEIGHT = stages.eval.inverse_propensity(COUNT, 1000)
@@ -113,9 +114,15 @@ def against_j_labels(hit_Nk: np.ndarray, n_N: np.ndarray) -> np.ndarray:
 
 
 def with_natural_logarithm_above(hit_Nk: np.ndarray, n_N: np.ndarray) -> np.ndarray:
+    """1 / ln(r + 1) is larger than 1 / log2(r + 1) by 1 / ln(2), at every rank."""
+    return stages.eval.ndcg(hit_Nk, n_N) / np.log(2)
+
+
+def with_natural_logarithm_below(hit_Nk: np.ndarray, n_N: np.ndarray) -> np.ndarray:
     return stages.eval.ndcg(hit_Nk, n_N) * np.log(2)
 
 
+BOTH_SUMS = "is one of your logarithms a natural one? both sums need log2"
 NDCG = Step(
     name="ndcg",
     oracle=stages.eval.ndcg,
@@ -134,10 +141,8 @@ NDCG = Step(
             lambda hit_Nk, n_N: stages.eval.r_precision(hit_Nk, n_N),
             "this is RP@j, which counts every rank alike; multiply each hit by 1 / log2(rank + 1)",
         ),
-        Mistake(
-            with_natural_logarithm_above,
-            "is one of your logarithms a natural one? both sums need log2",
-        ),
+        Mistake(with_natural_logarithm_above, BOTH_SUMS),
+        Mistake(with_natural_logarithm_below, BOTH_SUMS),
     ],
     hint="ranks count from 1, so rank 1 is worth 1 / log2(2) = 1, and rank 3 1 / log2(4) = 1/2; "
     "divide document by document, then average",

@@ -82,7 +82,7 @@ LEVEL_LOSS = Step(
     tolerance=1e-5,
 )
 
-# Step 2
+# Step 2. A random shortlist is stage 3's shortlist of noise, in the place of logits.
 NOISE = torch.randn(4, 3, 4, generator=numbers)
 CORRECT = (torch.rand(4, 3, 4, generator=numbers) < 0.25).float()
 KEEP_FIVE = (NOISE, CORRECT, 5)

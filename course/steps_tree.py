@@ -30,6 +30,7 @@ HAS_LABEL = csr_matrix(HAS_LABEL.astype(np.float64))
 
 
 def label_features(X_NV: csr_matrix, Y_NL: csr_matrix) -> csr_matrix:
+    # The plain sums of the lecture, without what stage 2 can do to them.
     return stages.tree.label_features(X_NV, Y_NL, smoothing=0.0, keep=0)
 
 
@@ -167,6 +168,7 @@ def faulty_leaves(own_order=True, labels=True, draws_of="place") -> Callable:
     """The plain recursion with one fault: see the mistakes below."""
 
     def wrong(Z_LV: np.ndarray, depth: int, iterations: int, seed: int) -> list[np.ndarray]:
+        # As random_start of the lab draws: the order of the labels, then a row for each level.
         generator = np.random.default_rng(seed)
         rows_L = generator.permutation(len(Z_LV))
         draws_dL = np.stack([generator.random(len(Z_LV)) for _ in range(depth)])
@@ -177,6 +179,8 @@ def faulty_leaves(own_order=True, labels=True, draws_of="place") -> Callable:
             if len(draws) == 0:
                 return [rows]
             left, right = two_means(Z_LV[rows], draws[0], iterations)
+            # The draws below belong to places: the first half of them is the left node's, whichever
+            # rows went there. The fault "row" lets them move with their rows.
             parts = {"place": (slice(0, len(left)), slice(len(left), None)), "row": (left, right)}
             of_left, of_right = parts[draws_of]
             if labels:
@@ -261,6 +265,7 @@ def padded_at_the_end(leaves_C: list[np.ndarray]) -> np.ndarray:
 
 def padded_in_front(leaves_C: list[np.ndarray]) -> np.ndarray:
     slots_CF = lay_out(leaves_C).reshape(len(leaves_C), -1)
+    # False sorts before True: the empty places come first, and the labels keep their order.
     order_CF = np.argsort(slots_CF >= 0, axis=1, kind="stable")
     return np.take_along_axis(slots_CF, order_CF, axis=1).ravel()
 

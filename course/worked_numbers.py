@@ -22,6 +22,7 @@ from course import toy
 from course.steps_cascade import nodes_scored
 from course.steps_tree import leaves
 from plumbing.stages import load_stages
+from plumbing.streams import tolerant_streams
 from tools.report import frequency_class
 
 stages = load_stages()
@@ -192,4 +193,5 @@ def main(words: list[str]) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1:]))
+    with tolerant_streams():  # whoever reads the output may have enough, as `head` has
+        sys.exit(main(sys.argv[1:]))

@@ -381,7 +381,7 @@ def describe(derived: Derived) -> None:
         pairs = ""
         if split in derived.known:
             n_pairs = len(derived.known[split])
-            pairs = f", {n_pairs:,} known labels"
+            pairs = f", {n_pairs:,} pairs of a document and a label known beforehand"
         print(f"{split:5}  {len(rows):8,} documents   {mean:.1f} words each{pairs}")
 
 

@@ -15,8 +15,9 @@ from plumbing.memory import peak_memory
 from plumbing.precision import set_up_torch
 from plumbing.streams import lost_output, tolerant_streams
 
-# Settings that do not decide the result: where the run lies, and how it is saved.
-NOT_SETTINGS = ("run", "resume", "save_every")
+# Settings that do not decide the result: where the run lies, how it is saved, and whether a GPU is
+# asked for every operation or for a recording of them.
+NOT_SETTINGS = ("run", "resume", "save_every", "graphs")
 # Settings that stood on the command line, even those that have the value of their default.
 GIVEN: set[str] = set()
 

@@ -82,15 +82,37 @@ def test_a_lab_says_what_a_student_needs_to_know(lab):
         assert f"\n{word}" in LABS[lab].read_text(), word
 
 
-def log_odds_of(doc_P, node_P, n_documents, n_nodes, half=0.5, of_all=False):
-    pairs = np.unique(np.stack([doc_P, node_P]), axis=1)
+def centre_scale_of(x, limit=None):
+    """Centre and scale; whoever compares the variance with a constant has a limit of his own."""
+    variance = x.var(0, dtype=np.float64).mean(1)
+    limit = 1e-6 * (x**2).mean((0, 2)) if limit is None else limit
+    return x.mean(0), 1 / np.sqrt(np.where(variance > limit, variance, 1))
+
+
+def has_node(doc_P, node_P, n_documents, n_nodes):
+    """(documents, nodes): which document has a label below which node."""
+    has = np.zeros((n_documents, n_nodes))
+    has[doc_P, node_P] = 1
+    return has
+
+
+def without_neighbours(doc_P, node_P):
+    """The pairs that differ from the one before them."""
+    differs = (np.diff(doc_P, prepend=-1) != 0) | (np.diff(node_P, prepend=-1) != 0)
+    return doc_P[differs], node_P[differs]
+
+
+def log_odds_of(doc_P, node_P, n_documents, n_nodes, half=0.5, of_all=False, distinct=True):
+    pairs = np.stack([doc_P, node_P])
+    if distinct:
+        pairs = np.unique(pairs, axis=1)
     count_C = np.bincount(pairs[1], minlength=n_nodes)
     others_C = n_documents + 0.5 if of_all else n_documents - count_C
     with np.errstate(divide="ignore"):
         return np.log((count_C + half) / (others_C + half))
 
 
-# 1. Wrong solutions. For each step three, and a part of the hint that each should get.
+# 1. Wrong solutions. For each step at least three, and a part of the hint that each should get.
 
 
 def wrong_ranks(hit_Nk, function):
@@ -278,6 +300,10 @@ WRONG = [
     (1, "ndcg", lambda h, n: np.array([
         np.mean([sum(hits[:j]) / min(j, m) for hits, m in zip(h, n, strict=True)])
         for j in range(1, h.shape[1] + 1)]), "this is RP@j"),
+    (1, "ndcg", lambda h, n: np.mean([
+        np.cumsum(hits / np.log(np.arange(2, h.shape[1] + 2)))
+        / [dcg([1] * min(j, m)) for j in range(1, h.shape[1] + 1)]
+        for hits, m in zip(h, n, strict=True)], axis=0), "both sums need log2"),
     (1, "inverse_propensity",
      lambda c, n, a=0.55, b=1.5: 1 / (1 + (np.log(n) - 1) * (b + 1) ** a / (c + b) ** a),
      "one over it"),
@@ -369,7 +395,29 @@ WRONG = [
     (5, "mean_of_tokens", lambda h, mask: h.mean(1), "the padding counts"),
     (5, "mean_of_tokens", lambda h, mask: (h * mask[:, :, None]).sum(1) / h.shape[1], "not by T"),
     (5, "mean_of_tokens", lambda h, mask: h[:, 0], "first token"),
+    (5, "mean_of_tokens", lambda h, mask: h[mask.bool()].mean(0), "a mean of its own"),
+    (5, "mean_of_tokens", lambda h, mask: (h * mask[:, :, None]).sum(1) / mask.sum(),
+     "not by those of the batch"),
+    (5, "mean_of_tokens", lambda h, mask: (h * mask[:, :, None]).sum(1) / mask.sum(1),
+     "Do the shapes meet"),
+    (5, "mean_of_tokens", lambda h, mask: h.mean(2), "is axis 1"),
+    (5, "mean_of_tokens", lambda h, mask: (h * mask[:, :, None]).amax(1), "largest number"),
+    (5, "mean_of_tokens", lambda h, mask: torch.stack([
+        one[here == 0].mean(0) for one, here in zip(h, mask, strict=True)]), "mean of the padding"),
+    (5, "mean_of_tokens", lambda h, mask: torch.stack([
+        one[here == 1].mean(0) / one[here == 1].mean(0).norm()
+        for one, here in zip(h, mask, strict=True)]), "to length 1"),
     (5, "centre_and_scale", lambda x: (x.mean(0), 1 / x.std((0, 2))), "from the centre"),
+    (5, "centre_and_scale", lambda x: centre_scale_of(x)[::-1], "the centre first"),
+    (5, "centre_and_scale", lambda x: (x - x.mean(0), centre_scale_of(x)[1]), "what is taken away"),
+    (5, "centre_and_scale", lambda x: (x.mean(0) * centre_scale_of(x)[1][:, None],
+                                       centre_scale_of(x)[1]), "before anything is multiplied"),
+    (5, "centre_and_scale", lambda x: centre_scale_of(x, limit=0), "up to rounding"),
+    (5, "centre_and_scale", lambda x: centre_scale_of(x, limit=1e-6), "up to rounding"),
+    (5, "centre_and_scale", lambda x: (x.mean(0), 1 / np.sqrt(x.var(0).sum(1))), "not their sum"),
+    (5, "centre_and_scale", lambda x: (x.mean(0), 1 / np.abs(x - x.mean(0)).mean((0, 2))),
+     "one root"),
+    (5, "centre_and_scale", lambda x: (x.mean(0), 1 / x.std(0).mean(1)), "one root"),
     (5, "centre_and_scale", lambda x: (x.mean(0), 1 / (x.std(0) + 1e-6)), "not for a feature"),
     (5, "centre_and_scale", lambda x: (x.mean(0), 1 / (x - x.mean(0)).var((0, 2))), "the root"),
     (5, "centre_and_scale", lambda x: (x.mean(0), (x - x.mean(0)).std((0, 2))), "one over"),
@@ -383,6 +431,17 @@ WRONG = [
     (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, n, 0), "minlength"),
     (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, n, c, half=0), "half a document"),
     (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, n, c, of_all=True), "not over all"),
+    (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, n, c) / np.log(10), "natural logarithm"),
+    (5, "log_odds", lambda d, v, n, c: has_node(d, v, n, c).mean(0), "a share is a probability"),
+    (5, "log_odds", lambda d, v, n, c: log_odds_of(0 * d, v, n, c), "np.bincount counts"),
+    (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, len(d), c), "not of the pairs"),
+    (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, len(set(d)), c), "without labels count"),
+    (5, "log_odds", lambda d, v, n, c: log_odds_of(d, v, n, c, half=1), "not a whole one"),
+    (5, "log_odds", lambda d, v, n, c: np.log((has_node(d, v, n, c).sum(0) + 0.5)
+                                              / (n - (has_node(d, v, n, c).sum(0) + 0.5))),
+     "is it taken away"),
+    (5, "log_odds", lambda d, v, n, c: log_odds_of(*without_neighbours(d, v), n, c, distinct=False),
+     "counts once"),
 ]  # fmt: skip
 
 
@@ -501,6 +560,19 @@ def test_the_command_checks_a_lab_from_the_shell():
         [sys.executable, "-m", "course.check", "0"], cwd=ROOT, capture_output=True, text=True
     )
     assert done.returncode == 1 and "0 of 4 steps pass" in done.stdout and not done.stderr
+
+
+@pytest.mark.parametrize("module", ["course.check 1", "course.worked_numbers size"])
+def test_a_reader_that_has_enough_gets_no_traceback(module):
+    """As `head -1` does, which ends before the command has written all."""
+    process = subprocess.Popen(
+        [sys.executable, "-m", *module.split()],
+        cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    process.stdout.close()
+    assert process.stderr.read() == ""
+    process.stderr.close()
+    process.wait()
 
 
 # 3. The labs run.

@@ -2,6 +2,7 @@
 can show them.
 """
 
+import ast
 import re
 import shutil
 import subprocess
@@ -9,7 +10,7 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import SMALL, stages
+from conftest import ROOT, SMALL, stages
 
 from course import build, pictures
 from plumbing.errors import UserError
@@ -70,6 +71,18 @@ def test_links_lead_somewhere(all_pages, out):
 
 def test_slides_are_eight(all_pages):
     assert all_pages["slides"].count('<section class="slide">') == 8
+
+
+@pytest.mark.parametrize("lab", sorted((ROOT / "course").glob("lab*.py")), ids=lambda lab: lab.stem)
+def test_a_notebook_of_a_lab_has_all_of_its_code_in_cells_of_code(lab):
+    """Without a line `# %%` before them, imports would be a part of the text above."""
+    notebook = build.notebook_of(lab)
+    cells = [cell.source for cell in notebook.cells if cell.cell_type == "code"]
+    code = ast.parse("\n\n".join(cells))
+    imports = [node for node in ast.walk(code) if isinstance(node, ast.Import | ast.ImportFrom)]
+    everything = ast.walk(ast.parse(lab.read_text()))
+    expected = [node for node in everything if isinstance(node, ast.Import | ast.ImportFrom)]
+    assert len(imports) == len(expected) > 0
 
 
 def test_a_lab_runs_and_keeps_its_blanks(out):
