@@ -19,7 +19,19 @@ from tools import report
 
 if not HAS_VARIANTS:
     pytest.skip("variants/ has been deleted", allow_module_level=True)
-from variants import common, compare, light_xml, one_vs_all, ranker, staging, svm, xr_transformer
+from variants import (
+    alc,
+    common,
+    compare,
+    elias,
+    light_xml,
+    one_vs_all,
+    ranker,
+    staging,
+    svm,
+    unidec,
+    xr_transformer,
+)
 
 
 @pytest.fixture(scope="module")
@@ -544,3 +556,38 @@ def test_what_cannot_be_is_refused(run, tmp_path):
         "documents",
         "seed",
     }
+
+
+@pytest.mark.parametrize("system", [elias, unidec, alc], ids=lambda module: module.NAME)
+def test_a_system_keeps_its_best_pass(system, run, tmp_path, monkeypatch):
+    """The passes are judged ever worse, so the first one that is judged must be kept."""
+    for name in ("data.npz", "tree.npz", "model.pt"):
+        shutil.copy(run / name, tmp_path)
+    one_pass = stages.train.train_one_epoch
+    latest = {}
+    passes = []
+
+    def spied(training, *args):
+        one_pass(training, *args)
+        latest.update({key: value.clone() for key, value in training.model.state_dict().items()})
+
+    def worse_and_worse(labels_Nk, split):
+        passes.append(dict(latest))
+        return 10 - len(passes)
+
+    monkeypatch.setattr(stages.train, "train_one_epoch", spied)
+    monkeypatch.setattr(common, "precision_sum", worse_and_worse)
+    config = system.Config(run=str(tmp_path))
+    system.run(config)
+    kept = load_pt(tmp_path / system.folder_name(config) / "model.pt")[0]["model"]
+    first, last = passes[0], passes[-1]
+    assert all(torch.equal(kept[key], first[key]) for key in first)
+    assert not all(torch.equal(kept[key], last[key]) for key in last)
+
+
+def test_a_tree_without_cluster_levels_is_refused(run, tmp_path):
+    shutil.copy(run / "data.npz", tmp_path)
+    stages.data.load(tmp_path)
+    common.save_tree(tmp_path, np.arange(43), [])
+    with pytest.raises(UserError, match="tree.npz has no cluster level.*02_label_tree.py"):
+        common.tree_with_clusters(str(tmp_path))
