@@ -189,6 +189,47 @@ def test_training_from_the_command_line(run, capsys):
         inception_xml.run(inception_xml.Config(run=str(run), system="fasttext"))
 
 
+def test_shuffling_moves_whole_words_and_no_piece_that_is_not_read():
+    # Pieces from 100 on go on: words are [1], [2 102 103], [3 104], ...
+    goes_on_V = np.arange(200) >= 100
+    word_of = {1: [1], 2: [2, 102, 103], 3: [3, 104]}
+    text = word_of[1] + word_of[2] + word_of[3] * 20
+    ids = np.array(text + word_of[2], np.uint16)
+    offsets = np.array([0, len(text), len(text), len(ids)])
+    nothing = np.zeros(0, np.int32)
+    split = stages.data.Split(ids, offsets, nothing, np.zeros(4, np.int64))
+    found = inception_xml.shuffled(split, goes_on_V, seed=0)
+    assert found[:W].tolist() != ids[:W].tolist()
+    assert sorted(found[:W]) == sorted(ids[:W])
+    assert found[W:].tolist() == ids[W:].tolist()
+    # Read word by word, there are the same words as before.
+    words = found[:W].tolist()
+    counts = {1: 0, 2: 0, 3: 0}
+    while words:
+        first = words[0]
+        assert words[: len(word_of[first])] == word_of[first]
+        words = words[len(word_of[first]) :]
+        counts[first] += 1
+    assert counts == {1: 1, 2: 1, 3: 14}
+
+
+def test_flags_have_a_folder_of_their_own_and_reach_the_model(run):
+    flags = {"topk": 3, "detach": 0, "epochs": 1, "shuffle": True}
+    inception_xml.run(inception_xml.Config(run=str(run), **flags))
+    out = run / "sync_xml-epochs1-topk3-detach0-shuffle"
+    plain, other = stages.data.load(run), stages.data.load(out)
+    for name in stages.data.SPLITS:
+        before, after = plain.splits[name], other.splits[name]
+        assert before.ids.tolist() != after.ids.tolist()
+        assert before.labels.tolist() == after.labels.tolist()
+        for start, end in zip(before.offsets, before.offsets[1:], strict=False):
+            assert sorted(before.ids[start:end]) == sorted(after.ids[start:end])
+    model, settings, _ = stages.train.load(out, other, inception_xml.builder("sync_xml", 0))
+    assert model.topk == [3]
+    assert settings.epochs == 1
+    assert model.detached == 0
+
+
 def test_the_gradient_of_the_label_rows_is_that_of_a_dense_head(run):
     """The rows see the feature of their own layer."""
     model, data = model_of(run)

@@ -132,9 +132,15 @@ def train_on_tree(
     run: str, name: str, levels: Callable[[list[int]], list[int]], build: Callable, **changes
 ) -> None:
     """Stages 4 and 5 in RUN/NAME, with the model of `build` on some levels of the tree."""
-    # 1. A run folder with the data of the cascade, and what the cascade was trained with.
+    train_in(folder(run, name, "data.npz"), run, levels, build, **changes)
+
+
+def train_in(
+    out: Path, run: str, levels: Callable[[list[int]], list[int]], build: Callable, **changes
+) -> None:
+    """The same in a folder that has its data.npz already."""
+    # 1. What the cascade was trained with.
     tree = tree_with_clusters(run)
-    out = folder(run, name, "data.npz")
     config = cascade_settings(run, out, **changes)
     stages.data.load(out)
     clear(out)

@@ -4,9 +4,12 @@
     python -m variants.inception_xml --run runs/demo --system inception_xml
     python -m variants.inception_xml --run runs/demo --system word_cnn    controls: another trunk
     python -m variants.inception_xml --run runs/demo --system word_mean
+    python -m variants.inception_xml --run runs/demo --topk 96 --detach 0
+    python -m variants.inception_xml --run runs/demo --shuffle    words in a random order
 
 Reads    RUN/data.npz, RUN/tree.npz, RUN/model.pt (its settings)
-Writes   RUN/sync_xml/, RUN/inception_xml/, ...    run folders: tree.npz, model.pt, predictions.npz
+Writes   RUN/sync_xml/, RUN/inception_xml/, ...    run folders: tree.npz, model.pt, predictions.npz;
+         with other flags RUN/sync_xml-topk96-detach0/, and so on
 
 A few words have hardly any order that a convolution along them could read. So the *trunk* looks
 along the dimensions of the word vectors instead: after two products that let words and dimensions
@@ -32,23 +35,30 @@ Deviations from the authors, and why:
 The controls have InceptionXML's head: `word_cnn` slides over the words, and `word_mean` takes the
 mean of the vectors.
 
+With --shuffle, the words of every document stand in a random order, drawn once, in all splits. A
+word is a piece and the pieces behind it that begin with ##. Only the first W pieces, which are all
+that a system here reads, change places: so it reads the same pieces as without.
+
 Shapes   B documents, W = 32 words (pieces), E = 300 dimensions of a word's vector, D = 480 width
 """
 
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import torch
+from tokenizers import Tokenizer
 from torch import Tensor, nn
 from torch.nn import functional
 from torch.nn.utils.parametrizations import spectral_norm
 
-from plumbing.cli import flag, main
+from plumbing.cli import flag, main, natural, positive
 from plumbing.errors import UserError
-from plumbing.store import load_pt
+from plumbing.store import load_npz, load_pt, save_npz
 from variants import common
-from variants.common import finest, none, stages, train_on_tree
+from variants.common import finest, none, stages, train_in
 
 W = 32
 E = 300
@@ -63,6 +73,12 @@ ITS_OWN = (
 @dataclass(frozen=True)
 class Config(common.Config):
     system: str = flag("sync_xml", "sync_xml, inception_xml, word_cnn or word_mean")
+    epochs: int = flag(10, "passes over the training documents", positive)
+    topk: int = flag(0, "clusters that sync_xml keeps (0: as many as the cascade)", natural)
+    detach: int = flag(
+        2, "first passes in which the labels of sync_xml teach the trunk nothing", natural
+    )
+    shuffle: bool = flag(False, "train and test on documents whose words are shuffled")
 
 
 # 1. Trunks: from word vectors (B, W, E) to a feature (B, D).
@@ -240,15 +256,14 @@ class Short(stages.model.Cascade):
         return [group | {"weight_decay": 0.0} for group in groups]
 
 
-def build(trunk: type[nn.Module], data, tree, config, encoder=None) -> Short:
+def build(trunk: type[nn.Module], detach: int, data, tree, config, encoder=None) -> Short:
     """A model on a new trunk, on the cluster levels of the tree. `encoder` is not used."""
     torch.manual_seed(config.seed)
     encoder = Trunk(trunk(), data.meta)
     model = stages.model.build(data, tree, config, encoder, Short)
     if tree.levels:
-        # A fifth of the passes, as the authors' 10 of 45 nearly are.
         n_batches = -(-len(data.splits["train"]) // config.batch_size)
-        model.detached = config.epochs // 5 * n_batches
+        model.detached = detach * n_batches
     return model
 
 
@@ -261,34 +276,91 @@ SYSTEMS = {
 }
 
 
-def builder(system: str):
-    """`build` of a system, for stages 4 and 5."""
+def builder(system: str, detach: int = 2):
+    """`build` of a system, for stages 4 and 5.
+
+    2 of 10 passes are about the share of the authors, who detach 10 of 45.
+    """
     trunk, _ = SYSTEMS[system]
-    return partial(build, trunk)
+    return partial(build, trunk, detach)
 
 
-# 3. From the command line.
+# 3. Documents whose words stand in a random order.
+
+
+def shuffled(split: stages.data.Split, goes_on_V: np.ndarray, seed: int) -> np.ndarray:
+    """The token ids of a split, the words among the first W pieces of each document shuffled.
+
+    `goes_on_V`: of every piece of the vocabulary, is it part of the word of the piece before?
+    """
+    rng = np.random.default_rng(seed)
+    ids = split.ids.copy()
+    for start, end in pairwise(split.offsets):
+        read = slice(start, min(start + W, end))
+        pieces = split.ids[read]
+        # A word begins at each piece that does not go on. At the first one there is nothing to cut.
+        begins = np.flatnonzero(~goes_on_V[pieces[1:]]) + 1
+        words = np.split(pieces, begins)
+        order = rng.permutation(len(words))
+        ids[read] = np.concatenate([words[i] for i in order])
+    return ids
+
+
+def shuffle_data(out: Path, seed: int) -> None:
+    """Put another data.npz in the place of the one in `out`: the same, with shuffled words."""
+    arrays, meta = load_npz(out / "data.npz")
+    data = stages.data.load(out)
+    # 1. Which pieces go on? WordPiece marks them with ##.
+    tokenizer = Tokenizer.from_str(data.tokenizer.decode())
+    goes_on_V = np.zeros(meta["vocab_size"], bool)
+    for piece, i in tokenizer.get_vocab().items():
+        goes_on_V[i] = piece.startswith("##")
+    # 2. All splits; the texts of labels are of no use here.
+    for name in stages.data.SPLITS:
+        arrays[f"{name}_ids"] = shuffled(data.splits[name], goes_on_V, seed)
+    # 3. The record says of the encoder what it said before.
+    config = stages.data.Config(run=str(out), **meta["config"])
+    made_anew = ("format", "stage", "config", "versions", "made_from", "sha256")
+    extra = {key: value for key, value in meta.items() if key not in made_anew}
+    save_npz(out / "data.npz", config, arrays, **extra)
+
+
+# 4. From the command line.
 
 
 def folder_name(config: Config) -> str:
-    return config.system
+    """The folder in RUN: the system, and what is not the default."""
+    parts = [config.system]
+    default = Config()
+    for key in ("epochs", "topk", "detach"):
+        value = getattr(config, key)
+        if value != getattr(default, key):
+            parts.append(f"{key}{value}")
+    if config.shuffle:
+        parts.append("shuffle")
+    return "-".join(parts)
 
 
 @common.owns_its_folder(folder_name)
 def run(config: Config) -> None:
     if config.system not in SYSTEMS:
         raise UserError(f"--system {config.system}: expected one of {', '.join(SYSTEMS)}")
+    out = common.folder(config.run, folder_name(config), "data.npz")
     _, levels = SYSTEMS[config.system]
-    # The cascade's shortlist, on the one cluster level that is kept.
     content, _ = load_pt(Path(config.run) / "model.pt")
-    data = stages.data.load(config.run)
-    topk = content["config"]["topk"].split(",")[-1] if levels is finest else ""
+    if config.shuffle:
+        shuffle_data(out, content["config"]["seed"])
+    # The shortlist of the one cluster level that is kept: the cascade's, if none was asked for.
+    data = stages.data.load(out)
+    topk = ""
+    if levels is finest:
+        topk = str(config.topk or content["config"]["topk"].split(",")[-1])
     n_levels = 2 if topk else 1
     changes = {
         "topk": topk,
         "layers": ",".join(["1"] * n_levels),
         "dropout": "0.4,0.5" if topk else "0.5",
-        "epochs": 10,
+        "epochs": config.epochs,
         "head_epochs": 0,
         "lr": 5e-3,
         "lr_encoder": 5e-3,
@@ -297,7 +369,7 @@ def run(config: Config) -> None:
         "join": "map",
         "amp": "off",
     }
-    train_on_tree(config.run, config.system, levels, builder(config.system), **changes)
+    train_in(out, config.run, levels, builder(config.system, config.detach), **changes)
 
 
 if __name__ == "__main__":
