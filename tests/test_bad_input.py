@@ -225,8 +225,8 @@ COUNTED = [
         "note: 1 texts with half a character, replaced by a question mark",
     ),
     (
-        "a document of 10 MB",
-        {"train": [*GOOD, {"text": "long words " * 900000, "labels": ["label-0"]}]},
+        "a document of 2 MB",
+        {"train": [*GOOD, {"text": "long words " * 180000, "labels": ["label-0"]}]},
         "note: 1 train texts cut to 512 tokens",
     ),
     (

@@ -43,7 +43,7 @@ def copied(tmp_path, done) -> Path:
     return Path(shutil.copytree(done, tmp_path / "copied"))
 
 
-@pytest.mark.parametrize(("n_processes", "n_kills"), [(1, 10), (2, 3)])
+@pytest.mark.parametrize(("n_processes", "n_kills"), [(1, 4), (2, 1)])
 def test_killed_at_any_moment(n_processes, n_kills):
     """A few kills; python tests/kills.py --kills 100 for more."""
     command = [sys.executable, str(ROOT / "tests" / "kills.py"), "--kills", str(n_kills)]
