@@ -19,7 +19,7 @@ from nothing, has the second phase only. The features wait in a temporary file o
 No listing shows it, and it is gone when the process ends. It takes 2 bytes x documents x hidden
 states that are read x width.
 
-On a GPU, --graphs is two to four times as fast (plumbing/cuda_graphs.py). A fork whose loss or
+On a GPU, --graphs is two to five times as fast (plumbing/cuda_graphs.py). A fork whose loss or
 shortlist depends on a number that Python counts, such as the step, must leave it out.
 
 With several GPUs: torchrun --nproc-per-node 4 -- 04_train.py --run runs/mine
