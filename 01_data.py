@@ -29,6 +29,7 @@ Shapes   N documents of a split, L labels, B documents of a batch, T tokens of a
          P (document, label) pairs of a batch, H hidden states that are read, D width of a feature
 """
 
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
@@ -591,7 +592,9 @@ class Data(NamedTuple):
 
         # Start with padding alone, then write the prefix, the tokens and the suffix over it.
         longest = end_B.max() + len(suffix)
-        width = min(-(-longest // round_to) * round_to, max(longest, max_len))  # T
+        rounded_up = math.ceil(longest / round_to) * round_to
+        # Rounding must not go beyond max_len: the encoder may have no more positions.
+        width = max(longest, min(rounded_up, max_len))  # T
         ids_BT = np.full((len(rows), width), self.meta["pad"], np.int64)
         ids_BT[:, : len(prefix)] = prefix
         doc, position, place = flatten(part.offsets[rows], length_B)

@@ -250,20 +250,25 @@ class Training:
             groups.extend(optimizer.param_groups)
         return groups
 
-    def train_on(self, batch: data_stage.Batch) -> None:
-        """Forward and backward of a batch; and a step, unless more batches are to share it."""
+    def train_on(self, batch: data_stage.Batch) -> bool:
+        """Forward and backward of a batch, and a step, unless more batches are to share it.
+
+        Says whether a step was taken.
+        """
         # With --graphs all at once: the GPU has a recording of it.
         if self.recorded:
             self.set_rates()
             losses, surplus, self.norm = self.recorded(batch)
             self.count_batch(losses, surplus, batch)
             self.count_step(losses)
-            return
+            return True
         # Otherwise one after the other.
         losses = self.forward_backward(batch)
         is_last = self.batch == self.n_batches
-        if self.batch % self.config.accumulate == 0 or is_last:
+        is_step = is_last or self.batch % self.config.accumulate == 0
+        if is_step:
             self.step(losses)
+        return is_step
 
     def forward_backward(self, batch: data_stage.Batch) -> torch.Tensor:
         """Add the gradient of one batch to the gradient; the losses (levels,), detached."""
@@ -433,10 +438,9 @@ def train_one_epoch(
     start = time.perf_counter()
     for batch in batches(training.epoch, training.batch):
         # 1. Forward, backward, and a step of the optimisers.
-        training.train_on(batch)
-        is_last = training.batch == training.n_batches
-        if training.batch % config.accumulate and not is_last:
+        if not training.train_on(batch):
             continue  # more batches are added up before the step
+        is_last = training.batch == training.n_batches
         # 2. A progress line now and then.
         if training.steps % training.interval == 0 or is_last:
             seconds = time.perf_counter() - start

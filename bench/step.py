@@ -393,8 +393,8 @@ def measure(n_labels: int, levels: list[int], topk: list[int], shape, args, row)
         against_encoder(typical, "median length, recorded", whole, encoder)
         against_encoder(longest, f"{shape.tokens} tokens, recorded", whole, encoder)
         row(f"{name}: {what}, recorded", speed(whole), "", ",.0f")
-        held = torch.cuda.memory_allocated() / 2**30
-        row(f"{name}: memory with all recordings, between steps, GiB", held)
+        allocated = torch.cuda.memory_allocated()
+        row(f"{name}: memory with all recordings, between steps, GiB", allocated / 2**30)
 
 
 def padding(shape, row) -> None:
